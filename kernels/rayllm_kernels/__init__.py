@@ -1,0 +1,22 @@
+"""The operations of the engine's models. Each chooses by its tensors' device: Triton on CUDA (for prefill
+FlashAttention-4, where it is installed), plain torch elsewhere. `<op>_reference` beside each specifies it."""
+
+from rayllm_kernels.activation import silu_and_mul
+from rayllm_kernels.decode_attention import decode_attention
+from rayllm_kernels.norm import rms_norm
+from rayllm_kernels.prefill_attention import prefill_attention, prefill_backend
+from rayllm_kernels.rope import apply_rope
+from rayllm_kernels.sampling import gumbel_noise, sample_gumbel
+from rayllm_kernels.store_kv import store_kv
+
+__all__ = [
+    "apply_rope",
+    "decode_attention",
+    "gumbel_noise",
+    "prefill_attention",
+    "prefill_backend",
+    "rms_norm",
+    "sample_gumbel",
+    "silu_and_mul",
+    "store_kv",
+]

@@ -1,0 +1,94 @@
+"""Rotary position embedding."""
+
+# mypy: allow-untyped-defs
+from __future__ import annotations
+
+import torch
+
+from rayllm_kernels._triton import jit, tl, triton
+
+
+def apply_rope_reference(
+    q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, cos_sin_cache: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `apply_rope`; leaves its inputs as they are."""
+    cos, sin = cos_sin_cache[positions].unsqueeze(1).chunk(2, dim=-1)
+    x = torch.cat((q, k), dim=1).float()
+    rotated = x * torch.cat((cos, cos), dim=-1)
+    rotated.addcmul_(x.roll(q.shape[-1] // 2, -1), torch.cat((-sin, sin), dim=-1))
+    q_rotated, k_rotated = rotated.to(q.dtype).split((q.shape[1], k.shape[1]), dim=1)
+    return q_rotated, k_rotated
+
+
+@jit
+def _rotate(x, heads, stride_head, cos, sin, HALF: tl.constexpr, HEADS_PADDED: tl.constexpr, half):
+    head = tl.arange(0, HEADS_PADDED)[:, None]
+    mask = (head < heads) & (half < HALF)
+    x += head * stride_head + half
+    x1 = tl.load(x, mask=mask).to(tl.float32)
+    x2 = tl.load(x + HALF, mask=mask).to(tl.float32)
+    tl.store(x, (x1 * cos - x2 * sin).to(x.dtype.element_ty), mask=mask)
+    tl.store(x + HALF, (x2 * cos + x1 * sin).to(x.dtype.element_ty), mask=mask)
+
+
+@jit
+def _apply_rope_kernel(
+    q,
+    k,
+    positions,
+    cos_sin_cache,
+    q_stride_token,
+    q_stride_head,
+    k_stride_token,
+    k_stride_head,
+    Q_HEADS: tl.constexpr,
+    K_HEADS: tl.constexpr,
+    Q_HEADS_PADDED: tl.constexpr,
+    K_HEADS_PADDED: tl.constexpr,
+    HALF: tl.constexpr,
+    HALF_PADDED: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    half = tl.arange(0, HALF_PADDED)[None, :]
+    cos_sin_cache += tl.load(positions + token) * (2 * HALF) + half
+    cos = tl.load(cos_sin_cache, mask=half < HALF)
+    sin = tl.load(cos_sin_cache + HALF, mask=half < HALF)
+    _rotate(q + token * q_stride_token, Q_HEADS, q_stride_head, cos, sin, HALF, Q_HEADS_PADDED, half)
+    _rotate(k + token * k_stride_token, K_HEADS, k_stride_head, cos, sin, HALF, K_HEADS_PADDED, half)
+
+
+def _apply_rope_triton(
+    q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, cos_sin_cache: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Writes over q and k."""
+    tokens, q_heads, head_dim = q.shape
+    k_heads, half = k.shape[1], head_dim // 2
+    if tokens > 0:
+        _apply_rope_kernel[(tokens,)](
+            q,
+            k,
+            positions,
+            cos_sin_cache,
+            *q.stride()[:2],
+            *k.stride()[:2],
+            Q_HEADS=q_heads,
+            K_HEADS=k_heads,
+            Q_HEADS_PADDED=triton.next_power_of_2(q_heads),
+            K_HEADS_PADDED=triton.next_power_of_2(k_heads),
+            HALF=half,
+            HALF_PADDED=triton.next_power_of_2(half),
+        )
+    return q, k
+
+
+def apply_rope(
+    q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, cos_sin_cache: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotates pairs (x[i], x[i + D/2]) by the angles of their token's position (arXiv:2104.09864; paired as
+    in Hugging Face's Llama). May write the result over q and k: use what it returns.
+
+    q: [T, Hq, D], k: [T, Hkv, D], contiguous along D. positions: [T] int64. cos_sin_cache: [max_pos, D]
+    float32, D/2 cosines, then D/2 sines. Returns the rotated (q, k).
+    """
+    op = _apply_rope_triton if q.is_cuda else apply_rope_reference
+    return op(q, k, positions, cos_sin_cache)

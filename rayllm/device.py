@@ -1,0 +1,76 @@
+"""The one place that knows what kind of device a shard runs on."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Device:
+    """A shard's device, and what follows from its kind."""
+
+    torch_device: torch.device
+    backend: str
+    """Of the process group: nccl or gloo."""
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.torch_device.type == "cuda"
+
+    def put(self, array: np.ndarray) -> torch.Tensor:
+        """Copies to the device; does not wait for what runs there."""
+        host = torch.from_numpy(array)
+        return host.pin_memory().to(self.torch_device, non_blocking=True) if self.is_cuda else host
+
+    def memory(self) -> tuple[int, int]:
+        """Free and total bytes of the GPU, whoever uses them."""
+        return torch.cuda.mem_get_info(self.torch_device)
+
+    def synchronize(self) -> None:
+        if self.is_cuda:
+            torch.cuda.synchronize(self.torch_device)
+
+    def peak_memory(self) -> int:
+        """Most bytes that tensors of this process occupied at once; of the whole process on a CPU."""
+        if self.is_cuda:
+            return torch.cuda.max_memory_allocated(self.torch_device)
+        with open("/proc/self/status") as status:
+            return next(int(line.split()[1]) << 10 for line in status if line.startswith("VmHWM"))
+
+
+class HostCopies:
+    """Copies of device tensors to the host that run while the caller goes on."""
+
+    def __init__(self, tensors: list[torch.Tensor]):
+        self._event = None
+        if tensors and tensors[0].is_cuda:
+            pinned = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in tensors]
+            self._tensors = [p.copy_(t, non_blocking=True) for p, t in zip(pinned, tensors, strict=True)]
+            self._event = torch.cuda.Event()
+            self._event.record()
+        else:
+            self._tensors = tensors
+
+    def wait(self) -> list[list]:
+        """The tensors' values, once they have arrived. May be called on another thread."""
+        if self._event is not None:
+            self._event.synchronize()
+        return [t.tolist() for t in self._tensors]
+
+
+def open_device(kind: str, gpu_ids: list[str], num_processes: int) -> Device:
+    """`kind` is cuda or cpu; `gpu_ids` are what Ray assigned; `num_processes` share this node's cores."""
+    if kind == "cpu":
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // num_processes))
+        return Device(torch.device("cpu"), "gloo")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    index = visible.split(",").index(gpu_ids[0]) if visible else int(gpu_ids[0])
+    torch.cuda.set_device(index)
+    torch.backends.cuda.matmul.allow_tf32 = False  # float32 means float32
+    return Device(torch.device("cuda", index), "nccl")

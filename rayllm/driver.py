@@ -1,0 +1,221 @@
+"""The driver: an actor that owns the scheduler and leads the shards, one step ahead of them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from rayllm.config import EngineConfig
+from rayllm.errors import EngineDeadError
+from rayllm.model_source import ModelSource
+from rayllm.progress import Progress
+from rayllm.scheduler import Scheduler
+from rayllm.sequence import Sequence
+from rayllm.shard import Shard, ShardStats
+from rayllm.step import (
+    Abort,
+    AddClient,
+    AddSequence,
+    DriverMessage,
+    EngineDied,
+    SequenceUpdate,
+    ShardFailed,
+    StepOutput,
+    Stop,
+    Updates,
+)
+from rayllm.transport import Receiver, Sender, local_host
+
+logger = logging.getLogger("rayllm")
+
+MAX_STEPS_IN_FLIGHT = 2
+"""One that the shards execute, one that waits for them."""
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """What a client needs to know of a started engine."""
+
+    address: str
+    """Of the driver's inbox."""
+    spans_nodes: bool
+    num_blocks: int
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    pid: int
+    shards: list[ShardStats]
+    num_steps: int
+    num_in_flight: int
+    num_running: int
+    num_waiting: int
+    num_free_blocks: int
+    num_preemptions: int
+
+
+class Driver:
+    """Leads one engine. The owner calls `start`, then `run`, which lasts as long as the engine."""
+
+    def __init__(self, config: EngineConfig, source: ModelSource, incarnation: int):
+        self.config = config
+        self.source = source
+        self.incarnation = incarnation
+        self._shards: list[Any] = []
+        self._clients: dict[int, Sender] = {}
+        self._num_steps = 0
+
+    def start(self, placement_group: PlacementGroup, owner_node: str) -> EngineInfo:
+        """Makes the shards, all at once; returns when they can execute steps."""
+        config = self.config
+        resources: dict[str, Any] = {"num_cpus": 1}
+        if config.device == "cuda":  # all GPUs stay visible: symmetric memory wants ranks on distinct device numbers
+            resources = {
+                "num_cpus": 0,
+                "num_gpus": 1,
+                "runtime_env": {"env_vars": {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}},
+            }
+        shard_class = ray.remote(concurrency_groups={"control": 1})(Shard)
+        self._shards = [
+            shard_class.options(
+                **resources, scheduling_strategy=PlacementGroupSchedulingStrategy(placement_group, rank)
+            ).remote(config, self.source, rank, self.incarnation)
+            for rank in range(config.tensor_parallel_size)
+        ]
+        places = ray.get([shard.place.remote() for shard in self._shards])
+        own_node = ray.get_runtime_context().get_node_id()
+        spans_nodes = len({own_node, owner_node, *(node for node, _ in places)}) > 1
+        host = local_host() if spans_nodes else None
+        self._inbox: Receiver[DriverMessage] = Receiver(DriverMessage, host)
+
+        store = ray.get(self._shards[0].rendezvous.remote()) if len(self._shards) > 1 else None
+        num_blocks = min(ray.get([shard.load.remote(store) for shard in self._shards]))
+        assert config.max_model_len is not None and config.max_num_batched_tokens is not None
+        self.scheduler = Scheduler(
+            num_blocks=num_blocks,
+            block_size=config.block_size,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_model_len=config.max_model_len,
+            enable_prefix_caching=config.enable_prefix_caching,
+            incarnation=self.incarnation,
+        )
+        addresses = ray.get([
+            shard.start.remote(num_blocks, shard_host if spans_nodes else None)
+            for shard, (_, shard_host) in zip(self._shards, places, strict=True)
+        ])
+        self._senders = [Sender(address) for address in addresses]
+        running = [shard.run.remote(self._inbox.address) for shard in self._shards]
+        threading.Thread(target=self._watch, args=(running,), daemon=True).start()
+        return EngineInfo(self._inbox.address, spans_nodes, num_blocks)
+
+    @ray.method(concurrency_group="control")
+    def progress(self) -> Progress:
+        """Of the slowest shard."""
+        if not self._shards:
+            return Progress("placing shards")
+        return min(ray.get([shard.progress.remote() for shard in self._shards]), key=lambda progress: progress.done)
+
+    @ray.method(concurrency_group="control")
+    def stats(self) -> EngineStats:
+        scheduler = self.scheduler
+        return EngineStats(
+            pid=os.getpid(),
+            shards=ray.get([shard.stats.remote() for shard in self._shards]),
+            num_steps=self._num_steps,
+            num_in_flight=len(scheduler.in_flight),
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
+            num_free_blocks=scheduler.blocks.num_free_blocks,
+            num_preemptions=scheduler.num_preemptions,
+        )
+
+    def run(self) -> None:
+        """Schedules, sends, takes results in, until told to stop; raises `EngineDeadError` when a shard fails."""
+        try:
+            running = True
+            while running:
+                step = None
+                if len(self.scheduler.in_flight) < MAX_STEPS_IN_FLIGHT and (step := self.scheduler.schedule()):
+                    self._num_steps += 1
+                    for sender in self._senders:
+                        sender.send(step)
+                for message in self._inbox.receive(timeout_s=0 if step else None):
+                    running = running and self._handle(message)
+        except Exception as error:
+            reason = str(error) if isinstance(error, EngineDeadError) else f"driver: {type(error).__name__}: {error}"
+            for client in self._clients.values():
+                client.send(EngineDied(self.incarnation, reason))
+            raise
+        finally:
+            for sender in self._senders:
+                sender.send(Stop())
+            for peer in (*self._senders, *self._clients.values()):
+                peer.close(linger_s=1)
+            self._inbox.close()
+
+    def _handle(self, message: DriverMessage) -> bool:
+        """Takes one message in; False ends the engine."""
+        match message:
+            case StepOutput():
+                if message.incarnation == self.incarnation:
+                    self._publish(self.scheduler.update(message))
+            case AddSequence():
+                self.scheduler.add(self._sequence(message))
+            case Abort():
+                for sequence in message.sequences:
+                    self.scheduler.abort(message.client, sequence)
+            case AddClient():
+                self._clients[message.client] = Sender(message.address)
+            case ShardFailed():
+                raise EngineDeadError(message.reason)
+            case Stop():
+                return False
+        return True
+
+    def _sequence(self, message: AddSequence) -> Sequence:
+        assert self.config.max_model_len is not None
+        params = message.params
+        room = self.config.max_model_len - len(message.prompt_token_ids)
+        eos_token_ids = () if params.ignore_eos else self.source.config.eos_token_ids
+        return Sequence(
+            client=message.client,
+            sequence=message.sequence,
+            token_ids=message.prompt_token_ids,
+            params=params,
+            seed=message.seed,
+            max_tokens=min(params.max_tokens or room, room),
+            stop_token_ids=frozenset((*params.stop_token_ids, *eos_token_ids)),
+            cache_salt=message.cache_salt,
+        )
+
+    def _publish(self, updates: list[tuple[int, SequenceUpdate]]) -> None:
+        """One message for each client that a step moved."""
+        by_client = defaultdict(list)
+        for client, update in updates:
+            by_client[client].append(update)
+        for client, own in by_client.items():
+            self._clients[client].send(Updates(self.incarnation, own))
+
+    def _watch(self, running: list[ray.ObjectRef]) -> None:
+        """Tells the loop when a shard is gone: ZeroMQ would not."""
+        ended, _ = ray.wait(running, num_returns=1)
+        rank = running.index(ended[0])
+        try:
+            ray.get(ended)
+            reason = f"shard {rank} ended"
+        except ray.exceptions.RayActorError:
+            reason = f"shard {rank} died"
+        except ray.exceptions.RayError as error:
+            reason = f"shard {rank}: {error.args[0] if error.args else error}".splitlines()[-1]
+        sender = Sender(self._inbox.address)
+        sender.send(ShardFailed(self.incarnation, reason))
+        sender.close(linger_s=1)

@@ -1,0 +1,9 @@
+"""The errors that rayllm raises for its users; each message is one line that says what would be right."""
+
+
+class UsageError(ValueError):
+    """The input (argument, model, prompt, cluster) cannot be served; raised before anything expensive starts."""
+
+
+class EngineDeadError(RuntimeError):
+    """The driver or a shard died, or failed; the message names the cause."""

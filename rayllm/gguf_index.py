@@ -1,0 +1,168 @@
+"""A .gguf file as a Hugging Face folder plus a table of its tensors, converted once and cached.
+
+Reading the metadata takes many seconds, mostly for the vocabulary; from the cache every later load, and that
+of every other shard of the node, takes milliseconds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rayllm.errors import UsageError
+from rayllm.model_config import ARCHITECTURES
+
+# GGUF architecture → model_type; files of Mistral models say 'llama'.
+GGUF_ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+CACHE_VERSION = 1
+INDEX_FILE = "tensors.json"
+
+
+@dataclass(frozen=True)
+class GGUFTensor:
+    """Where a tensor lies: `ggml_type` a value of gguf.GGMLQuantizationType, `shape` in torch's order
+    (outputs first), `offset` in bytes from the start of the file, `nbytes` of quantised data."""
+
+    ggml_type: int
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+def read_index(path: str | Path) -> dict[str, GGUFTensor]:
+    """The tensors of a .gguf file by GGUF name."""
+    entries = json.loads((converted(path) / INDEX_FILE).read_text())
+    return {name: GGUFTensor(kind, tuple(shape), *place) for name, (kind, shape, *place) in entries.items()}
+
+
+def converted(path: str | Path, progress: bool = False) -> Path:
+    """The cache folder of a .gguf file, made if need be: config.json, tokenizer files, the table of tensors.
+
+    Raises UsageError for a damaged file or an architecture that rayllm does not run.
+    """
+    file = Path(path).resolve()
+    stat = file.stat()
+    key = f"{CACHE_VERSION} {file} {stat.st_size} {stat.st_mtime_ns}"
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rayllm" / "gguf"
+    folder = root / f"{file.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    if folder.is_dir():
+        return folder
+    root.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=".converting-", dir=root))
+    try:
+        _convert(file, unfinished, progress)
+        unfinished.chmod(0o755)
+        try:
+            unfinished.rename(folder)
+        except OSError:  # another process was faster
+            if not folder.is_dir():
+                raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return folder
+
+
+def _convert(file: Path, folder: Path, progress: bool) -> None:
+    import gguf
+    from tqdm import tqdm
+
+    with tqdm(total=3, desc=f"converting {file.name} (once)", disable=not progress) as steps:
+        try:
+            reader = gguf.GGUFReader(file)
+        except (ValueError, IndexError, KeyError, OverflowError) as error:
+            raise UsageError(f"{file} is not a readable GGUF file: {error}") from error
+        tensors = {
+            tensor.name: GGUFTensor(
+                int(tensor.tensor_type),
+                tuple(int(n) for n in reversed(tensor.shape)),
+                int(tensor.data_offset),
+                int(tensor.n_bytes),
+            )
+            for tensor in reader.tensors
+        }
+        rope_freqs = next((t.data.tolist() for t in reader.tensors if t.name == "rope_freqs.weight"), None)
+        metadata = {
+            name: field.contents()
+            for name, field in reader.fields.items()
+            if len(field.types) == 1 and not name.startswith("GGUF.")
+        }
+        config = _config(metadata, tensors, rope_freqs)
+        steps.update()
+        tokenizer = _tokenizer(file)
+        steps.update()
+        if config["eos_token_id"] is None:
+            config["eos_token_id"] = tokenizer.eos_token_id
+        if tokenizer.chat_template is None:
+            tokenizer.chat_template = metadata.get("tokenizer.chat_template")
+        tokenizer.save_pretrained(folder)
+        (folder / "config.json").write_text(json.dumps(config, indent=1))
+        entries = {name: tuple(asdict(tensor).values()) for name, tensor in tensors.items()}
+        (folder / INDEX_FILE).write_text(json.dumps(entries))
+        steps.update()
+
+
+def _tokenizer(file: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    except (ValueError, KeyError) as error:
+        raise UsageError(f"the tokenizer in {file} cannot be read by transformers: {error}") from error
+
+
+def _config(
+    metadata: Mapping[str, Any], tensors: Mapping[str, GGUFTensor], rope_freqs: list[float] | None
+) -> dict[str, Any]:
+    """A config.json from GGUF metadata (keys: ggml's docs/gguf.md)."""
+    architecture = metadata.get("general.architecture", "")
+    if architecture not in GGUF_ARCHITECTURES:
+        raise UsageError(
+            f"unsupported GGUF architecture {architecture!r}: rayllm runs {', '.join(GGUF_ARCHITECTURES)}"
+        )
+    model_type = GGUF_ARCHITECTURES[architecture]
+
+    def get(key: str, default: Any = None) -> Any:
+        return metadata.get(f"{architecture}.{key}", default)
+
+    if get("expert_count"):
+        raise UsageError("mixture-of-experts GGUF files are not supported: rayllm runs dense models")
+    heads = get("attention.head_count")
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": get("rope.freq_base", 10000.0)}
+    if rope_freqs is not None:
+        rope |= {"rope_type": "factors", "factors": rope_freqs}
+    elif (scaling := get("rope.scaling.type", "none")) != "none":
+        rope |= {"rope_type": scaling, "factor": get("rope.scaling.factor", 1.0)}
+        rope |= {"original_max_position_embeddings": get("rope.scaling.original_context_length")}
+    head_dim = get("attention.key_length") or get("embedding_length") // heads
+    rope["partial_rotary_factor"] = get("rope.dimension_count", head_dim) / head_dim
+    eos_ids = [metadata.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom")]
+    return {
+        "architectures": [ARCHITECTURES[model_type]],
+        "model_type": model_type,
+        "vocab_size": tensors["token_embd.weight"].shape[0],
+        "hidden_size": get("embedding_length"),
+        "intermediate_size": get("feed_forward_length"),
+        "num_hidden_layers": get("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": get("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "rms_norm_eps": get("attention.layer_norm_rms_epsilon"),
+        "max_position_embeddings": get("context_length"),
+        "rope_parameters": rope,
+        "tie_word_embeddings": "output.weight" not in tensors,
+        "dtype": _dtype(tensors["blk.0.attn_q.weight"].ggml_type),
+        "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": list(dict.fromkeys(i for i in eos_ids if i is not None)) or None,
+    }
+
+
+def _dtype(ggml_type: int) -> str:
+    """The files' own type; 'bfloat16' for quantised ones, in whose range any model fits."""
+    return {0: "float32", 1: "float16"}.get(ggml_type, "bfloat16")

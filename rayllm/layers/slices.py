@@ -1,0 +1,41 @@
+"""What a shard's parameters take from a checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Split:
+    """The `size` rows or columns from `start` on, of `total` in the whole model."""
+
+    total: int
+    start: int
+    size: int
+
+    @classmethod
+    def even(cls, total: int, rank: int, shards: int) -> Split:
+        """Part `rank` of `shards` equal ones; `total` must divide."""
+        size = total // shards
+        return cls(total, rank * size, size)
+
+
+@dataclass(frozen=True)
+class WeightSlice:
+    """`target`, a view of a parameter, takes [start : start + target.shape[dim]] along `dim` of the tensor
+    that a Hugging Face checkpoint calls `name` and whose whole shape there is `shape`.
+    """
+
+    name: str
+    target: torch.Tensor
+    shape: tuple[int, ...]
+    dim: int = 0
+    start: int = 0
+
+
+def empty_parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:
+    """Uninitialised, on the default device, without gradient."""
+    return nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)

@@ -1,0 +1,205 @@
+"""Executes steps on one shard's device."""
+
+from __future__ import annotations
+
+import gc
+
+import numpy as np
+import torch
+from rayllm_kernels import decode_attention, prefill_attention, store_kv
+
+from rayllm import kv_cache
+from rayllm.config import EngineConfig
+from rayllm.cuda_graphs import DecodeGraphs, graph_sizes
+from rayllm.device import DTYPES, Device, HostCopies
+from rayllm.lanes import Lanes
+from rayllm.model_input import ModelInput, Rows, gather, make_input, take_rows
+from rayllm.model_source import ModelSource
+from rayllm.models import build_model
+from rayllm.parallel import TensorParallel
+from rayllm.progress import Track, untracked
+from rayllm.sampler import LogprobTensors, Sampler, top_logprobs
+from rayllm.sampling_params import SamplingParams
+from rayllm.step import LaneStart, Logprobs, PromptLogprobs, StepInput, StepOutput
+from rayllm.weights import load_weights
+
+PROMPT_LOGPROB_ROWS = 512
+"""Prompt tokens whose logits over the whole vocabulary exist at once."""
+
+
+class ModelRunner:
+    """Model, KV cache and lanes of one shard. Every method runs the same on all ranks, in step."""
+
+    def __init__(self, config: EngineConfig, source: ModelSource, tp: TensorParallel, device: Device):
+        assert config.max_model_len is not None
+        self.config = config
+        self.source = source
+        self.tp = tp
+        self.device = device
+        self.model = build_model(source.config, tp, device.torch_device, DTYPES[config.dtype], config.max_model_len)
+        self.scale = source.config.head_dim**-0.5
+
+    def load(self, track: Track = untracked) -> int:
+        """Fills the weights; returns the bytes read."""
+        return load_weights(self.model, self.source, self.tp, track)
+
+    def count_blocks(self) -> int:
+        """KV cache blocks that fit beside the weights and the largest step."""
+        activation_bytes = self._profile() if self.device.is_cuda else 0
+        return kv_cache.count_blocks(self.config, self.source.config, self.device, activation_bytes)
+
+    def allocate(self, num_blocks: int) -> None:
+        """Makes KV cache and lanes; `execute` works from here on, without graphs."""
+        config = self.config
+        assert config.max_model_len is not None
+        self.cache = kv_cache.allocate(config, self.source.config, self.device, num_blocks)
+        self.lanes = Lanes(config.max_num_seqs, config.max_model_len, config.block_size, num_blocks, self.device)
+        self.sampler = Sampler(self.lanes, self.source.config.vocab_size, self.tp)
+        self.graphs = DecodeGraphs(self._decode, self.lanes, [])
+
+    @torch.inference_mode()
+    def capture(self, track: Track = untracked) -> None:
+        """Captures the decode steps that the configuration wants as CUDA graphs."""
+        if self.device.is_cuda and not self.config.enforce_eager:
+            self.graphs = DecodeGraphs(self._decode, self.lanes, graph_sizes(self.config.max_num_seqs), track)
+
+    @torch.inference_mode()
+    def execute(self, step: StepInput) -> PendingOutput:
+        """Computes `step`. On a GPU this returns when all is queued; `PendingOutput.wait` waits for the tokens."""
+        self.lanes.apply(step)
+        rows = take_rows(step, self.lanes)
+        hidden = None
+        if rows.num_decodes == len(rows.lanes) and self.graphs.serves(len(rows.lanes)):
+            logits = self.graphs(rows.lanes, rows.starts)
+        else:
+            hidden = self._forward(make_input(rows, self.lanes))
+            logits = self.model.compute_logits(hidden[self.device.put(rows.ends[rows.samples] - 1)])
+        sampled_lanes = rows.lanes[rows.samples]
+        prompts = [] if hidden is None else self._prompt_logprobs(rows, hidden)
+        token_ids, logprobs = torch.empty(0, dtype=torch.int64), None
+        if len(sampled_lanes):
+            token_ids, logprobs = self.sampler(logits, sampled_lanes)
+        return PendingOutput(step, token_ids, logprobs, self.lanes.logprobs[sampled_lanes], prompts)
+
+    def _forward(self, inputs: ModelInput) -> torch.Tensor:
+        """Hidden states [T, H] of the step's tokens."""
+        n, tables, kv_lens = inputs.num_decodes, inputs.block_tables, inputs.kv_lens
+
+        def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            keys, values = self.cache[layer]
+            store_kv(k, v, keys, values, inputs.slot_mapping)  # before attending: a block can be hit in this very step
+            parts = []
+            if n:
+                parts.append(
+                    decode_attention(q[:n], keys, values, tables[:n], kv_lens[:n], self.scale, inputs.max_kv_len)
+                )
+            if n < len(q):
+                chunks = (k[n:], v[n:], keys, values, tables[n:], inputs.cu_seqlens_q, kv_lens[n:])
+                lengths = (inputs.max_seqlen_q, inputs.max_kv_len)
+                parts.append(prefill_attention(q[n:], *chunks, *lengths, self.scale, inputs.has_context))
+            return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+        return self.model(inputs.token_ids, inputs.positions, attend)
+
+    def _decode(self, token_lanes: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """What a CUDA graph captures: logits [B, V] of decode rows, all that varies read from the device."""
+        assert self.config.max_model_len is not None
+        token_ids, slot_mapping = gather(self.lanes, token_lanes, positions)
+        inputs = ModelInput(
+            token_ids=token_ids,
+            positions=positions,
+            slot_mapping=slot_mapping,
+            block_tables=self.lanes.block_tables[token_lanes],
+            kv_lens=(positions + 1).int(),
+            cu_seqlens_q=positions[:0].int(),
+            num_decodes=len(positions),
+            max_seqlen_q=0,
+            max_kv_len=self.config.max_model_len,
+            has_context=False,
+        )
+        return self.model.compute_logits(self._forward(inputs))
+
+    def _prompt_logprobs(self, rows: Rows, hidden: torch.Tensor) -> list[tuple[int, int, LogprobTensors]]:
+        """(chunk, first position, log-probabilities) of the prompt tokens that follow each chunk's tokens."""
+        parts = []
+        for row in range(rows.num_decodes, len(rows.lanes)):
+            lane, start, end = rows.lanes[row], rows.starts[row], rows.kv_lens[row]
+            wanted = self.lanes.prompt_logprobs[lane]
+            end = min(end, self.lanes.num_prompt_tokens[lane] - 1)  # the last token's successor is not of the prompt
+            first_row = rows.ends[row] - rows.num_tokens[row]
+            for first in range(start, end if wanted >= 0 else start, PROMPT_LOGPROB_ROWS):
+                last = min(first + PROMPT_LOGPROB_ROWS, end)
+                states = hidden[first_row + first - start : first_row + last - start]
+                logits = self.tp.all_gather(self.model.compute_logits(states))[:, : self.source.config.vocab_size]
+                targets = self.lanes.token_ids[lane, first + 1 : last + 1].long()
+                part = top_logprobs(logits.float(), targets, int(wanted))
+                parts.append((row - rows.num_decodes, int(first) + 1, part))
+        return parts
+
+    def _profile(self) -> int:
+        """Bytes that the largest step needs beside weights and cache, with everything that sampling can ask for."""
+        config = self.config
+        assert config.max_num_batched_tokens is not None and config.max_model_len is not None
+        length = min(config.max_num_batched_tokens // config.max_num_seqs, config.max_model_len - 1)
+        table = list(range(-(-length // config.block_size)))
+        params = SamplingParams(top_p=0.9, presence_penalty=1, logprobs=20)
+        step = StepInput(
+            incarnation=0,
+            step=0,
+            starts=[
+                LaneStart(lane, [0] * length, length, 0, table, params, 0, [], None)
+                for lane in range(config.max_num_seqs)
+            ],
+            new_blocks=[],
+            decode_lanes=[],
+            chunks=[number for lane in range(config.max_num_seqs) for number in (lane, length)],
+        )
+        self.allocate(len(table))
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        self.execute(step).wait()
+        activation_bytes = torch.cuda.max_memory_allocated() - before
+        del self.cache, self.lanes, self.sampler, self.graphs
+        gc.collect()
+        torch.cuda.empty_cache()
+        return activation_bytes
+
+
+class PendingOutput:
+    """A step's output on its way to the host."""
+
+    def __init__(
+        self,
+        step: StepInput,
+        token_ids: torch.Tensor,
+        logprobs: LogprobTensors | None,
+        wanted: np.ndarray,
+        prompts: list[tuple[int, int, LogprobTensors]],
+    ):
+        """`wanted` [S]: how many logprobs each sampled token's lane asked for, -1 for none."""
+        self._step = step
+        self._wanted = wanted.tolist()
+        self._prompts = [(chunk, start) for chunk, start, _ in prompts]
+        tables = ([logprobs] if logprobs else []) + [part for _, _, part in prompts]
+        self._copies = HostCopies(
+            [token_ids] + [t for table in tables for t in (table.token_ids, table.logprobs, table.ranks)]
+        )
+
+    def wait(self) -> StepOutput:
+        """Blocks until the tokens are there. May be called on another thread than the one that executes."""
+        token_ids, *columns = self._copies.wait()
+        tables = [_rows(*columns[i : i + 3]) for i in range(0, len(columns), 3)]
+        logprobs = {}
+        if len(tables) > len(self._prompts):
+            own = tables.pop(0)
+            logprobs = {i: _cut(own[i], wanted) for i, wanted in enumerate(self._wanted) if wanted >= 0}
+        prompts = [PromptLogprobs(*place, table) for place, table in zip(self._prompts, tables, strict=True)]
+        return StepOutput(self._step.incarnation, self._step.step, token_ids, logprobs, prompts)
+
+
+def _rows(token_ids: list, logprobs: list, ranks: list) -> list[Logprobs]:
+    return [Logprobs(*row) for row in zip(token_ids, logprobs, ranks, strict=True)]
+
+
+def _cut(entry: Logprobs, k: int) -> Logprobs:
+    return Logprobs(entry.token_ids[: 1 + k], entry.logprobs[: 1 + k], entry.rank)

@@ -1,0 +1,125 @@
+"""From logits to tokens: batched over the rows of a step, on the device, the same on every rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from rayllm_kernels import sample_gumbel
+
+from rayllm.lanes import Lanes
+from rayllm.parallel import TensorParallel
+
+
+@dataclass(frozen=True)
+class LogprobTensors:
+    """Of S tokens: their own log-probability and rank, and the K likeliest; float32 and int64."""
+
+    token_ids: torch.Tensor
+    """[S, 1 + K], the token itself first."""
+    logprobs: torch.Tensor
+    """[S, 1 + K]."""
+    ranks: torch.Tensor
+    """[S], from 1."""
+
+
+class Sampler:
+    """Samples one token for each row of logits.
+
+    Order, as in vLLM: logprobs are of the raw logits; then logit_bias and min_tokens, penalties, temperature, min_p,
+    top_k, top_p. The draw is Gumbel-max with noise that depends on seed, output index and token id alone, so batch,
+    tensor-parallel degree and preemption do not matter.
+    """
+
+    def __init__(self, lanes: Lanes, vocab_size: int, tp: TensorParallel):
+        self.lanes = lanes
+        self.vocab_size = vocab_size
+        self.tp = tp
+
+    def __call__(self, logits: torch.Tensor, lanes: np.ndarray) -> tuple[torch.Tensor, LogprobTensors | None]:
+        """`logits` [S, local vocabulary], `lanes` [S] → token ids [S] int64, and logprobs if any lane wants them.
+
+        The tokens are also written into their lanes. On entry the host's lengths count them already.
+        """
+        state = self.lanes
+        lengths = state.num_tokens[lanes] - 1
+        rows, positions = state.device.put(np.stack((lanes, lengths)))
+        index = positions - state.prompt_lens[rows]
+        is_plain = not (state.is_filtered[lanes] | state.is_penalized[lanes] | state.is_biased[lanes]).any()
+        num_logprobs = int(state.logprobs[lanes].max())
+        temperature, seeds = state.temperature[rows], state.seeds[rows]
+        logprobs = None
+        if is_plain and num_logprobs < 0:
+            token_ids = self._sample_sharded(logits, temperature, seeds, index)
+        else:
+            raw = self.tp.all_gather(logits)[:, : self.vocab_size].float()
+            processed = raw
+            if state.is_biased[lanes].any():
+                processed = self._add_biases(processed, rows, index)
+            if state.is_penalized[lanes].any():
+                processed = self._penalize(processed, rows, positions, int(lengths.max()))
+            if state.is_filtered[lanes].any():
+                processed = _filter(processed, temperature, state.top_k[rows], state.top_p[rows], state.min_p[rows])
+            token_ids = self.tp.broadcast(sample_gumbel(processed, temperature, seeds, index)[1])
+            if num_logprobs >= 0:
+                logprobs = top_logprobs(raw, token_ids, num_logprobs)
+        state.token_ids[rows, positions] = token_ids.int()
+        return token_ids, logprobs
+
+    def _sample_sharded(
+        self, logits: torch.Tensor, temperature: torch.Tensor, seeds: torch.Tensor, index: torch.Tensor
+    ) -> torch.Tensor:
+        """Each rank draws from its slice of the vocabulary; the largest value of all ranks wins, the lower id on ties."""
+        values, ids = sample_gumbel(logits, temperature, seeds, index, vocab_offset=self.tp.rank * logits.shape[1])
+        if self.tp.size == 1:
+            return ids
+        both = self.tp.all_gather(torch.stack((values.double(), ids.double()), dim=1))
+        values, ids = both[:, 0::2], both[:, 1::2]
+        return ids.masked_fill(values < values.amax(1, keepdim=True), torch.inf).amin(1).long()
+
+    def _add_biases(self, logits: torch.Tensor, rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        state = self.lanes
+        active = index[:, None] < state.bias_until[rows]
+        return logits.scatter_add(1, state.bias_ids[rows], state.bias_values[rows].where(active, 0))
+
+    def _penalize(
+        self, logits: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor, longest: int
+    ) -> torch.Tensor:
+        """Repetition (Keskar et al. 2019, over prompt and output), then presence and frequency (over the output)."""
+        state = self.lanes
+        token_ids = state.token_ids[rows, :longest].long()
+        column = torch.arange(longest, device=logits.device)
+        is_known = column < positions[:, None]
+        is_output = is_known & (column >= state.prompt_lens[rows][:, None])
+        seen = torch.zeros_like(logits).scatter_add_(1, token_ids, is_known.float()) > 0
+        counts = torch.zeros_like(logits).scatter_add_(1, token_ids, is_output.float())
+        repetition = state.repetition[rows][:, None]
+        logits = logits.where(~seen, torch.where(logits > 0, logits / repetition, logits * repetition))
+        return logits - state.frequency[rows][:, None] * counts - state.presence[rows][:, None] * (counts > 0)
+
+
+def _filter(
+    logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor
+) -> torch.Tensor:
+    """`logits` [S, V] with -inf for what min_p, top_k and top_p (Holtzman et al. 2020) leave out; arguments [S]."""
+    scaled = logits / torch.where(temperature > 0, temperature, 1)[:, None]
+    scaled = scaled.masked_fill(scaled < scaled.amax(1, keepdim=True) + min_p.log()[:, None], -torch.inf)
+    ordered, order = scaled.sort(dim=1, descending=True, stable=True)
+    kth = torch.where(top_k > 0, top_k, logits.shape[1]).clamp(max=logits.shape[1]) - 1
+    ordered = ordered.masked_fill(ordered < ordered.gather(1, kth[:, None]), -torch.inf)
+    probs = ordered.softmax(dim=1)
+    before = probs.cumsum(dim=1) - probs
+    dropped = (ordered == -torch.inf) | (before >= top_p[:, None]) & (top_p < 1)[:, None]
+    dropped[:, 0] = False
+    return logits.masked_fill(torch.empty_like(dropped).scatter_(1, order, dropped), -torch.inf)
+
+
+def top_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, k: int) -> LogprobTensors:
+    """Log-probabilities of `token_ids` [S] and of the `k` likeliest tokens under `logits` [S, V] float32."""
+    logprobs = logits.log_softmax(dim=1)
+    own = logprobs.gather(1, token_ids[:, None])
+    values, ids = logprobs.topk(k, dim=1)
+    return LogprobTensors(
+        torch.cat((token_ids[:, None], ids), 1), torch.cat((own, values), 1), (logprobs > own).sum(1) + 1
+    )

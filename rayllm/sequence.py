@@ -1,0 +1,65 @@
+"""One sequence: what the driver knows of it."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from rayllm.sampling_params import SamplingParams
+from rayllm.step import Logprobs
+
+
+class SequenceStatus(enum.Enum):
+    WAITING = enum.auto()
+    RUNNING = enum.auto()
+    FINISHED = enum.auto()
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """Tokens, progress and blocks. The driver owns `token_ids`; KV can always be computed again from them."""
+
+    client: int
+    sequence: int
+    token_ids: list[int]
+    """Prompt and known output."""
+    params: SamplingParams
+    seed: int
+    max_tokens: int
+    """`params.max_tokens`, cut at the end of the context."""
+    stop_token_ids: frozenset[int]
+    """Tokens that end the sequence, the end-of-sequence tokens among them unless ignored."""
+    cache_salt: str | None = None
+    arrival: int = -1
+    status: SequenceStatus = SequenceStatus.WAITING
+    lane: int = -1
+    num_prompt_tokens: int = 0
+    num_computed_tokens: int = 0
+    """Tokens whose KV exists once all steps sent are done."""
+    num_cached_tokens: int = -1
+    """Of the first admission; -1 before it."""
+    num_pending: int = 0
+    """Tokens that steps in flight will sample."""
+    block_table: list[int] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)
+    """Of the full blocks of `token_ids`, as far as computed."""
+    num_committed_blocks: int = 0
+    """Leading blocks of the table that were offered to the prefix cache."""
+    prompt_logprobs: list[Logprobs | None] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.num_prompt_tokens = len(self.token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        """Known and pending."""
+        return len(self.token_ids) + self.num_pending
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Known and pending."""
+        return self.num_tokens - self.num_prompt_tokens
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        return self.params.prompt_logprobs is not None and len(self.token_ids) == self.num_prompt_tokens

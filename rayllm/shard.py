@@ -1,0 +1,136 @@
+"""A shard: one tensor-parallel rank, an actor that Ray placed. It executes the steps that the driver sends."""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import threading
+from dataclasses import dataclass
+
+import ray
+import torch.distributed as dist
+
+from rayllm.config import EngineConfig
+from rayllm.device import open_device
+from rayllm.model_runner import ModelRunner, PendingOutput
+from rayllm.model_source import ModelSource
+from rayllm.parallel import TensorParallel
+from rayllm.progress import Progress, Tracker
+from rayllm.step import ShardFailed, StepInput, Stop
+from rayllm.transport import Receiver, Sender, local_host
+
+logger = logging.getLogger("rayllm")
+
+
+@dataclass(frozen=True)
+class ShardStats:
+    """Facts about one shard's process."""
+
+    pid: int
+    bytes_read: int
+    """From the checkpoint."""
+    peak_memory_bytes: int
+
+
+class Shard:
+    """Rank `rank` of one engine. The driver calls `load`, `start`, then `run`, which lasts as long as the engine."""
+
+    def __init__(self, config: EngineConfig, source: ModelSource, rank: int, incarnation: int):
+        self.config = config
+        self.source = source
+        self.tp = TensorParallel(rank, config.tensor_parallel_size)
+        self.incarnation = incarnation
+        self.bytes_read = 0
+        self._tracker = Tracker()
+
+    def place(self) -> tuple[str, str]:
+        """The node that Ray chose, and its address."""
+        return ray.get_runtime_context().get_node_id(), local_host()
+
+    def rendezvous(self) -> tuple[str, int]:
+        """On rank 0: opens the store where the ranks meet; returns its host and port."""
+        host = local_host()
+        self._store = dist.TCPStore(host, 0, self.tp.size, is_master=True, wait_for_workers=False)
+        return host, self._store.port
+
+    def load(self, store: tuple[str, int] | None) -> int:
+        """Joins the other ranks, loads the weights; returns how many KV cache blocks there is room for."""
+        config = self.config
+        gpu_ids = [str(gpu) for gpu in ray.get_gpu_ids()]
+        self._tracker.stage("joining ranks")
+        self.device = open_device(config.device, gpu_ids, config.tensor_parallel_size)
+        if store is not None:
+            if self.tp.rank:
+                self._store = dist.TCPStore(*store, self.tp.size, is_master=False)
+            device_id = self.device.torch_device if self.device.is_cuda else None
+            dist.init_process_group(
+                self.device.backend,
+                store=self._store,
+                rank=self.tp.rank,
+                world_size=self.tp.size,
+                device_id=device_id,
+            )
+        self.runner = ModelRunner(config, self.source, self.tp, self.device)
+        self.bytes_read = self.runner.load(self._tracker.track)
+        self._tracker.stage("measuring memory")
+        return self.runner.count_blocks()
+
+    def start(self, num_blocks: int, host: str | None) -> str:
+        """Makes the KV cache and captures graphs; returns the address that steps are to be sent to.
+
+        `host` None: the driver is on this node.
+        """
+        self.runner.allocate(num_blocks)
+        self.runner.capture(self._tracker.track)
+        self._inbox: Receiver[StepInput | Stop] = Receiver(StepInput | Stop, host)
+        return self._inbox.address
+
+    @ray.method(concurrency_group="control")
+    def progress(self) -> Progress:
+        return self._tracker.progress
+
+    @ray.method(concurrency_group="control")
+    def stats(self) -> ShardStats:
+        return ShardStats(os.getpid(), self.bytes_read, self.device.peak_memory())
+
+    def run(self, driver_address: str) -> None:
+        """Executes steps until told to stop. Rank 0 answers on a thread of its own, so that the next step is launched
+        while the last one's tokens are awaited. A failure is reported to the driver, then raised."""
+        answers: queue.SimpleQueue[PendingOutput | None] = queue.SimpleQueue()
+        thread = threading.Thread(target=self._answer, args=(answers, driver_address), daemon=True)
+        thread.start()
+        try:
+            while True:
+                for message in self._inbox.receive():
+                    if isinstance(message, Stop):
+                        return
+                    if message.incarnation == self.incarnation:
+                        pending = self.runner.execute(message)
+                        if self.tp.rank == 0:
+                            answers.put(pending)
+        except Exception as error:
+            self._report(driver_address, error)
+            raise
+        finally:
+            answers.put(None)
+            thread.join()
+            self._inbox.close()
+
+    def _answer(self, answers: queue.SimpleQueue[PendingOutput | None], driver_address: str) -> None:
+        driver = Sender(driver_address)
+        try:
+            while (pending := answers.get()) is not None:
+                driver.send(pending.wait())
+        except Exception as error:
+            self._report(driver_address, error)
+        finally:
+            driver.close(linger_s=1)
+
+    def _report(self, driver_address: str, error: Exception) -> None:
+        logger.exception("shard %d failed", self.tp.rank)
+        sender = Sender(driver_address)
+        reason = f"shard {self.tp.rank}: {type(error).__name__}: {error}".splitlines()[0]
+        sender.send(ShardFailed(self.incarnation, reason))
+        sender.close(linger_s=1)
+

@@ -1,0 +1,148 @@
+"""What crosses between processes: plain data, encoded by msgspec.
+
+`StepInput` and `StepOutput` are all that passes between driver and shards; the rest passes between the driver and
+its clients (the processes that own requests). Every message carries the engine's incarnation, so that one from
+before a restart is recognised. A *lane* is the index of a running sequence's state on the shards,
+0 ≤ lane < max_num_seqs.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from rayllm.sampling_params import SamplingParams
+
+
+class Message(msgspec.Struct, frozen=True, array_like=True, tag=True, gc=False):
+    """Base of all messages; the tag tells them apart in one inbox."""
+
+
+# driver → shards
+
+
+class LaneStart(msgspec.Struct, frozen=True, array_like=True):
+    """A sequence enters a lane: new, or resumed after a preemption with all its tokens."""
+
+    lane: int
+    token_ids: list[int]
+    num_prompt_tokens: int
+    num_computed_tokens: int
+    block_table: list[int]
+    params: SamplingParams
+    seed: int
+    banned_token_ids: list[int]
+    """Not to be sampled before `params.min_tokens` output tokens."""
+    prompt_logprobs: int | None
+    """How many to report for each prompt token of this prefill; None: none."""
+
+
+class StepInput(Message, frozen=True, array_like=True):
+    """One step's work, as a difference: shards keep each lane's tokens, block table and number of computed tokens.
+
+    Rows are the decode lanes, one token each, then the chunks. A row samples when it reaches its lane's last token.
+    """
+
+    incarnation: int
+    step: int
+    starts: list[LaneStart]
+    new_blocks: list[int]
+    """Flat pairs (lane, block): the block is appended to the lane's table."""
+    decode_lanes: list[int]
+    chunks: list[int]
+    """Flat pairs (lane, number of tokens)."""
+
+
+# shard 0 → driver
+
+
+class Logprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Of one position: the token itself first, then the likeliest ones; natural logarithms."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    rank: int
+    """1 for the likeliest token."""
+
+
+class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Of consecutive prompt positions, the first of them `start`, in the chunk of this index."""
+
+    chunk: int
+    start: int
+    entries: list[Logprobs]
+
+
+class StepOutput(Message, frozen=True, array_like=True):
+    """One token per row that samples, in order of rows."""
+
+    incarnation: int
+    step: int
+    token_ids: list[int]
+    logprobs: dict[int, Logprobs] = {}
+    """By index into `token_ids`, for sequences that asked."""
+    prompt_logprobs: list[PromptLogprobs] = []
+
+
+class ShardFailed(Message, frozen=True, array_like=True):
+    incarnation: int
+    reason: str
+
+
+# client → driver
+
+
+class AddClient(Message, frozen=True, array_like=True):
+    client: int
+    address: str
+
+
+class AddSequence(Message, frozen=True, array_like=True):
+    client: int
+    sequence: int
+    """Unique within the client."""
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    seed: int
+    cache_salt: str | None = None
+    """Sequences share cached blocks only with those of the same salt."""
+
+
+class Abort(Message, frozen=True, array_like=True):
+    client: int
+    sequences: list[int]
+
+
+class Stop(Message, frozen=True, array_like=True):
+    """Ends the driver's loop."""
+
+
+DriverMessage = StepOutput | ShardFailed | AddClient | AddSequence | Abort | Stop
+
+# driver → client
+
+
+class SequenceUpdate(msgspec.Struct, frozen=True, array_like=True):
+    """What one step brought for one sequence."""
+
+    sequence: int
+    token_ids: list[int]
+    finish_reason: str | None = None
+    """stop, length or abort."""
+    stop_token_id: int | None = None
+    num_cached_tokens: int = 0
+    logprobs: list[Logprobs] = []
+    prompt_logprobs: list[Logprobs] = []
+    """With the first token only; the entry of the prompt's first token is left out."""
+
+
+class Updates(Message, frozen=True, array_like=True):
+    incarnation: int
+    updates: list[SequenceUpdate]
+
+
+class EngineDied(Message, frozen=True, array_like=True):
+    incarnation: int
+    reason: str
+
+
+ClientMessage = Updates | EngineDied
