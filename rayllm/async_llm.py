@@ -65,7 +65,7 @@ class AsyncLLM:
         if not self.config.skip_tokenizer_init:
             if (path := self.config.tokenizer or source.tokenizer_path) is None:
                 raise UsageError(f"{source.path} has no tokenizer: name one with tokenizer, or set skip_tokenizer_init")
-            self.tokenizer = Tokenizer(path)
+            self.tokenizer = Tokenizer.from_source(path)
         self._inbox: Receiver[ClientMessage] = Receiver(ClientMessage, local_host() if info.spans_nodes else None)
         self._driver = Sender(info.address)
         self._driver.send(AddClient(CLIENT, self._inbox.address))

@@ -1,7 +1,7 @@
 """The block table's owner: ref-counted blocks of KV, found again by the hash of their tokens.
 
-A full block's hash is xxh3_128(parent's hash ‖ token ids). A freed block keeps its content and hash until it is
-evicted: unhashed ones first, then least recently used first, a sequence's last blocks before its first.
+A full block's hash is xxh3_128(parent's hash ‖ token ids). A freed block keeps its content and hash until it
+is evicted: unhashed ones first, then least recently used first, a sequence's last blocks before its first.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 import xxhash
 
-from rayllm.sequence import Sequence
+from rayllm.sequence import Prefix, Sequence
 
 
 class BlockManager:
@@ -24,7 +24,8 @@ class BlockManager:
         self.enable_prefix_caching = enable_prefix_caching
         self._ref_counts = [0] * num_blocks
         self._hashes: list[bytes | None] = [None] * num_blocks
-        self._tokens: list[list[int]] = [[] for _ in range(num_blocks)]
+        self._prefixes: list[Prefix | None] = [None] * num_blocks
+        """What the hashes stand for, since two could collide."""
         self._cached: dict[bytes, int] = {}
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
         """Blocks nobody uses, the next to be evicted first."""
@@ -37,15 +38,18 @@ class BlockManager:
         return -(-num_tokens // self.block_size)
 
     def find_cached(self, seq: Sequence) -> list[int]:
-        """The longest run of cached blocks that `seq` starts with; at least one of its tokens stays to be computed."""
+        """The longest run of cached blocks that `seq` starts with; leaves one token at least to compute."""
         if not self.enable_prefix_caching or seq.wants_prompt_logprobs:
             return []
         found: list[int] = []
+        prefix = self._root(seq)
         for i in range((len(seq.token_ids) - 1) // self.block_size):
             block = self._cached.get(self._hash(seq, i))
-            if block is None or self._tokens[block] != self._tokens_of(seq, i):
+            known = None if block is None else self._prefixes[block]
+            if block is None or known is None or not known.is_same(Prefix(prefix, self._tokens_of(seq, i))):
                 break
             found.append(block)
+            prefix = known
         return found
 
     def can_allocate(self, num_blocks: int, cached: list[int]) -> bool:
@@ -61,6 +65,7 @@ class BlockManager:
             self._ref_counts[block] += 1
         seq.block_table = cached + [self._take() for _ in range(num_blocks - len(cached))]
         seq.num_committed_blocks = len(cached)
+        seq.committed_prefix = self._prefixes[cached[-1]] if cached else self._root(seq)
 
     def append(self, seq: Sequence) -> int:
         """Adds a block to the table of `seq`; the caller made sure that one is free."""
@@ -75,10 +80,11 @@ class BlockManager:
         num_full = min(seq.num_computed_tokens, len(seq.token_ids)) // self.block_size
         for i in range(seq.num_committed_blocks, num_full):
             block, key = seq.block_table[i], self._hash(seq, i)
+            seq.committed_prefix = Prefix(seq.committed_prefix, self._tokens_of(seq, i))
             if key not in self._cached:  # else a twin is cached already, and this one stays private
                 self._cached[key] = block
                 self._hashes[block] = key
-                self._tokens[block] = self._tokens_of(seq, i)
+                self._prefixes[block] = seq.committed_prefix
             seq.num_committed_blocks = i + 1
 
     def release(self, seq: Sequence) -> None:
@@ -91,6 +97,7 @@ class BlockManager:
                     self._free.move_to_end(block, last=False)
         seq.block_table = []
         seq.num_committed_blocks = 0
+        seq.committed_prefix = None
 
     def _take(self) -> int:
         block, _ = self._free.popitem(last=False)
@@ -98,29 +105,37 @@ class BlockManager:
         if key is not None:
             del self._cached[key]
             self._hashes[block] = None
-            self._tokens[block] = []
+            self._prefixes[block] = None
         self._ref_counts[block] = 1
         return block
 
     def _tokens_of(self, seq: Sequence, i: int) -> list[int]:
         return seq.token_ids[i * self.block_size : (i + 1) * self.block_size]
 
+    def _root(self, seq: Sequence) -> Prefix:
+        return Prefix(None, list((seq.cache_salt or "").encode()))
+
     def _hash(self, seq: Sequence, i: int) -> bytes:
         """Hash of the i-th block of `seq`; needs those before it."""
         if i == len(seq.block_hashes):
-            parent = seq.block_hashes[-1] if i else b"root" + xxhash.xxh3_128_digest((seq.cache_salt or "").encode())
+            salt = (seq.cache_salt or "").encode()
+            parent = seq.block_hashes[-1] if i else b"root" + xxhash.xxh3_128_digest(salt)
             tokens = array("I", self._tokens_of(seq, i)).tobytes()
             seq.block_hashes.append(xxhash.xxh3_128_digest(parent + tokens))
         return seq.block_hashes[i]
 
     def check_integrity(self, sequences: Iterable[Sequence]) -> None:
-        """Raises AssertionError unless ref counts, free list and hash table agree with `sequences`, all that hold blocks."""
+        """Raises AssertionError unless ref counts, free list and hash table agree with `sequences`.
+
+        They are all that hold blocks.
+        """
         counts = Counter(block for seq in sequences for block in seq.block_table)
         assert self._ref_counts == [counts[b] for b in range(self.num_blocks)], "ref counts"
         assert set(self._free) == {b for b in range(self.num_blocks) if not counts[b]}, "free list"
         hashed = {key: b for b, key in enumerate(self._hashes) if key is not None}
         assert hashed == self._cached, "hash table"
-        assert all(len(self._tokens[b]) == self.block_size for b in hashed.values()), "tokens of hashed blocks"
+        for block, prefix in enumerate(self._prefixes):
+            assert (prefix is not None) == (self._hashes[block] is not None), "tokens of hashed blocks"
         for seq in sequences:
             assert len(set(seq.block_table)) == len(seq.block_table), "a block twice in one table"
             assert len(seq.block_table) * self.block_size >= seq.num_computed_tokens, "table too short"

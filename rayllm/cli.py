@@ -93,7 +93,7 @@ def chat(llm: LLM, options: argparse.Namespace, params: SamplingParams) -> None:
         except UsageError as error:  # the conversation is too long, say
             messages.pop()
             print(f"Error: {error}", end="")
-        else:
+        if answer:
             messages.append({"role": "assistant", "content": answer})
         print("\n")
 
@@ -119,6 +119,7 @@ def _parser() -> argparse.ArgumentParser:
             command.__name__, help=summary, description=summary, formatter_class=argparse.ArgumentDefaultsHelpFormatter
         )
         sub.set_defaults(command=command)
+        sub.add_argument("model", help="a model folder, a .gguf file or a Hub id")
         if command is generate:
             sub.add_argument("--prompt", help="what to answer; default: the standard input")
             sub.add_argument("--raw", action="store_true", help="continue the text; no chat template")
@@ -131,7 +132,7 @@ def _parser() -> argparse.ArgumentParser:
         _flag(sampling, "stop", action="append", metavar="TEXT", help="ends the answer; may be given several times")
         engine = sub.add_argument_group("engine")
         _flag(engine, "address", help="of a running Ray cluster; default: start Ray here")
-        config.add_arguments(sub, engine)
+        config.add_arguments(engine)
     return parser
 
 

@@ -103,9 +103,8 @@ class EngineConfig:
         )
 
 
-def add_arguments(parser: argparse.ArgumentParser, group: argparse._ArgumentGroup) -> None:
-    """One flag in `group` for each field of `EngineConfig`, of the same name with hyphens; `model` is positional."""
-    parser.add_argument("model", help=_doc("model"))
+def add_arguments(group: argparse._ArgumentGroup) -> None:
+    """One flag for each field of `EngineConfig` but `model`, of the same name with hyphens."""
     for option in dataclasses.fields(EngineConfig):
         if option.name == "model":
             continue

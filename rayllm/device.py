@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 
@@ -27,6 +28,12 @@ class Device:
         """Copies to the device; does not wait for what runs there."""
         host = torch.from_numpy(array)
         return host.pin_memory().to(self.torch_device, non_blocking=True) if self.is_cuda else host
+
+    def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """On a CPU it takes memory only where it is written to, which `torch.zeros` would not."""
+        if self.is_cuda:
+            return torch.zeros(shape, dtype=dtype, device=self.torch_device)
+        return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
     def memory(self) -> tuple[int, int]:
         """Free and total bytes of the GPU, whoever uses them."""

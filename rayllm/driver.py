@@ -53,7 +53,7 @@ class EngineInfo:
 @dataclass(frozen=True)
 class EngineStats:
     pid: int
-    shards: list[ShardStats]
+    """Of the driver."""
     num_steps: int
     num_in_flight: int
     num_running: int
@@ -125,11 +125,16 @@ class Driver:
         return min(ray.get([shard.progress.remote() for shard in self._shards]), key=lambda progress: progress.done)
 
     @ray.method(concurrency_group="control")
+    def shard_stats(self) -> list[ShardStats]:
+        """By rank; waits for all shards."""
+        stats: list[ShardStats] = ray.get([shard.stats.remote() for shard in self._shards])
+        return stats
+
+    @ray.method(concurrency_group="control")
     def stats(self) -> EngineStats:
         scheduler = self.scheduler
         return EngineStats(
             pid=os.getpid(),
-            shards=ray.get([shard.stats.remote() for shard in self._shards]),
             num_steps=self._num_steps,
             num_in_flight=len(scheduler.in_flight),
             num_running=len(scheduler.running),

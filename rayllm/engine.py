@@ -15,6 +15,7 @@ from rayllm.config import EngineConfig
 from rayllm.driver import Driver, EngineInfo, EngineStats
 from rayllm.errors import EngineDeadError, UsageError
 from rayllm.model_source import resolve_model
+from rayllm.shard import ShardStats
 
 logger = logging.getLogger("rayllm")
 
@@ -31,7 +32,7 @@ class Engine:
     def __init__(self, config: EngineConfig, address: str | None = None, progress: bool = True):
         """`address`: of a Ray cluster; None uses the one this process is in, or else starts Ray here."""
         started = time.monotonic()
-        self.source = resolve_model(config.model, config.load_format)
+        self.source = resolve_model(config.model, config.load_format, progress=progress)
         self.source.config.check_tensor_parallel(config.tensor_parallel_size)
         if config.device != "auto":
             self._resolve(config, config.device)
@@ -96,6 +97,11 @@ class Engine:
 
     def stats(self) -> EngineStats:
         stats: EngineStats = ray.get(self._driver.stats.remote())
+        return stats
+
+    def shard_stats(self) -> list[ShardStats]:
+        """By rank."""
+        stats: list[ShardStats] = ray.get(self._driver.shard_stats.remote())
         return stats
 
     def close(self) -> None:

@@ -93,10 +93,16 @@ def _convert(file: Path, folder: Path, progress: bool) -> None:
             for name, field in reader.fields.items()
             if len(field.types) == 1 and not name.startswith("GGUF.")
         }
-        config = _config(metadata, tensors, rope_freqs)
+        try:
+            config = _config(metadata, tensors, rope_freqs)
+        except KeyError as error:
+            raise UsageError(f"{file} lacks {error}") from error
         steps.update()
         tokenizer = _tokenizer(file)
         steps.update()
+        for kind in ("bos", "eos"):  # some versions of transformers take the wrong ones
+            if (token_id := metadata.get(f"tokenizer.ggml.{kind}_token_id")) is not None:
+                setattr(tokenizer, f"{kind}_token", tokenizer.convert_ids_to_tokens(token_id))
         if config["eos_token_id"] is None:
             config["eos_token_id"] = tokenizer.eos_token_id
         if tokenizer.chat_template is None:
@@ -109,10 +115,10 @@ def _convert(file: Path, folder: Path, progress: bool) -> None:
 
 
 def _tokenizer(file: Path) -> Any:
-    from transformers import AutoTokenizer
+    from transformers import PreTrainedTokenizerFast
 
-    try:
-        return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    try:  # AutoTokenizer would do the same after reading the whole metadata once more
+        return PreTrainedTokenizerFast.from_pretrained(file.parent, gguf_file=file.name)
     except (ValueError, KeyError) as error:
         raise UsageError(f"the tokenizer in {file} cannot be read by transformers: {error}") from error
 
@@ -123,9 +129,7 @@ def _config(
     """A config.json from GGUF metadata (keys: ggml's docs/gguf.md)."""
     architecture = metadata.get("general.architecture", "")
     if architecture not in GGUF_ARCHITECTURES:
-        raise UsageError(
-            f"unsupported GGUF architecture {architecture!r}: rayllm runs {', '.join(GGUF_ARCHITECTURES)}"
-        )
+        raise UsageError(f"unsupported GGUF architecture {architecture!r}: rayllm runs {', '.join(GGUF_ARCHITECTURES)}")
     model_type = GGUF_ARCHITECTURES[architecture]
 
     def get(key: str, default: Any = None) -> Any:
@@ -157,6 +161,8 @@ def _config(
         "max_position_embeddings": get("context_length"),
         "rope_parameters": rope,
         "tie_word_embeddings": "output.weight" not in tensors,
+        "attention_bias": "blk.0.attn_q.bias" in tensors,
+        "mlp_bias": "blk.0.ffn_gate.bias" in tensors,
         "dtype": _dtype(tensors["blk.0.attn_q.weight"].ggml_type),
         "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": list(dict.fromkeys(i for i in eos_ids if i is not None)) or None,

@@ -56,5 +56,5 @@ def allocate(
     """
     heads = max(1, model.num_key_value_heads // config.tensor_parallel_size)
     shape = (model.num_hidden_layers, 2, num_blocks + 1, config.block_size, heads, model.head_dim)
-    cache = torch.zeros(shape, dtype=DTYPES[config.dtype], device=device.torch_device)
+    cache = device.zeros(shape, DTYPES[config.dtype])
     return [(layer[0], layer[1]) for layer in cache]

@@ -76,27 +76,19 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
 
     @classmethod
-    def from_hf(
-        cls, config: Mapping[str, Any], generation_config: Mapping[str, Any] | None = None
-    ) -> ModelConfig:
+    def from_hf(cls, config: Mapping[str, Any], generation_config: Mapping[str, Any] | None = None) -> ModelConfig:
         """Reads config.json (as transformers 4 or 5 writes it) and, if there is one, generation_config.json.
 
         Raises UsageError for anything that would not be computed exactly as transformers does.
         """
         model_type = config.get("model_type")
         architectures = config.get("architectures") or []
-        if model_type not in ARCHITECTURES or (
-            architectures and ARCHITECTURES[model_type] not in architectures
-        ):
+        if model_type not in ARCHITECTURES or (architectures and ARCHITECTURES[model_type] not in architectures):
             found = ", ".join(architectures) or f"model_type {model_type!r}"
-            raise UsageError(
-                f"unsupported architecture {found}: rayllm runs {', '.join(ARCHITECTURES.values())}"
-            )
+            raise UsageError(f"unsupported architecture {found}: rayllm runs {', '.join(ARCHITECTURES.values())}")
         if quantization := config.get("quantization_config"):
             method = quantization.get("quant_method", "unknown")
-            raise UsageError(
-                f"quantization_config ({method}) is not supported: use an unquantised or a .gguf file"
-            )
+            raise UsageError(f"quantization_config ({method}) is not supported: use an unquantised or a .gguf file")
         if (activation := config.get("hidden_act", "silu")) != "silu":
             raise UsageError(f"unsupported hidden_act {activation!r}: rayllm runs 'silu'")
 
@@ -105,9 +97,7 @@ class ModelConfig:
         kv_heads = _positive(config, "num_key_value_heads", heads)
         head_dim = _positive(config, "head_dim", 128 if model_type == "qwen3" else hidden // heads)
         if heads % kv_heads:
-            raise UsageError(
-                f"num_attention_heads ({heads}) must be a multiple of num_key_value_heads ({kv_heads})"
-            )
+            raise UsageError(f"num_attention_heads ({heads}) must be a multiple of num_key_value_heads ({kv_heads})")
         if head_dim % 2:
             raise UsageError(f"head_dim ({head_dim}) must be even to be rotated")
         max_positions = _positive(config, "max_position_embeddings", 2048)

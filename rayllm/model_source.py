@@ -48,8 +48,7 @@ def resolve_model(
         path = _download(model, revision, load_format == "dummy")
     if not path.is_dir():
         raise UsageError(
-            f"no model at {model!r}: give a folder with config.json and .safetensors files, a .gguf file "
-            "or a Hub id"
+            f"no model at {model!r}: give a folder with config.json and .safetensors files, a .gguf file or a Hub id"
         )
     if load_format == "gguf":
         raise UsageError(f"load_format 'gguf' needs a .gguf file, but {model!r} is a folder")
@@ -74,9 +73,7 @@ def _folder(folder: Path, load_format: Literal["safetensors", "dummy"]) -> Model
     if load_format == "safetensors" and not any(folder.glob("*.safetensors")):
         pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt*"))
         found = "only pickled weights, which can run code" if pickled else "no weights"
-        raise UsageError(
-            f"{folder} has {found}: rayllm reads .safetensors (or load_format='dummy': random ones)"
-        )
+        raise UsageError(f"{folder} has {found}: rayllm reads .safetensors (or load_format='dummy': random ones)")
     path = str(folder.resolve())
     return ModelSource(path, load_format, config, path if any(folder.glob("tokenizer*")) else None)
 
@@ -85,9 +82,15 @@ def _download(repo: str, revision: str | None, without_weights: bool) -> Path:
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    files = [pattern for pattern in HUB_FILES if not (without_weights and pattern == "*.safetensors")]
+    unwanted = ["*/*", "consolidated*"]  # other formats of the same weights
+    if without_weights:
+        unwanted.append("*.safetensors")
     try:
-        return Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=files))
+        return Path(
+            huggingface_hub.snapshot_download(
+                repo, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=unwanted
+            )
+        )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UsageError(

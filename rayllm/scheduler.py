@@ -1,8 +1,8 @@
 """Continuous batching under one token budget.
 
-`schedule()` decides a step, `update()` takes its result in; the driver lets up to two steps lie between, so that the
-shards never wait for a decision. There is no prefill phase and no decode phase: a step gives each running sequence
-that decodes its one token, then fills the budget with chunks of prompts, those of running sequences first.
+`schedule()` decides a step, `update()` takes its result in; the driver lets up to two steps lie between, so that
+the shards never wait for a decision. There is no prefill phase and no decode phase: a step gives each running
+sequence that decodes its one token, then fills the budget with chunks of prompts, those of running ones first.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class StepInFlight:
 class Scheduler:
     """Owns all sequences of one engine: first come, first served; the last come is preempted first.
 
-    Raises `ValueError` when the cache cannot hold one sequence of `max_model_len` tokens, or when one step cannot
-    hold one token of every running sequence.
+    Raises `ValueError` when the cache cannot hold one sequence of `max_model_len` tokens, or when one step
+    cannot hold one token of every running sequence.
     """
 
     def __init__(
@@ -57,6 +57,7 @@ class Scheduler:
         """In order of arrival, all of them earlier than those that wait."""
         self.in_flight: deque[StepInFlight] = deque()
         self.num_preemptions = 0
+        self.max_num_seqs = max_num_seqs
         self._free_lanes = list(reversed(range(max_num_seqs)))
         self._step = 0
 
@@ -74,7 +75,7 @@ class Scheduler:
     # ---- schedule
 
     def schedule(self) -> StepInput | None:
-        """The next step; None when nothing can be done before a step in flight is answered, or nothing is to do."""
+        """The next step; None when there is nothing to do, or nothing before a step in flight is answered."""
         new_blocks: list[int] = []
         decodes = self._choose_decodes(new_blocks)
         budget = self.max_num_batched_tokens - len(decodes)
@@ -109,7 +110,7 @@ class Scheduler:
         )
 
     def _choose_decodes(self, new_blocks: list[int]) -> list[Sequence]:
-        """Running sequences with one token to compute, each with a slot for it; preempts for want of blocks."""
+        """Running sequences with one token to compute, each given a slot; preempts for want of blocks."""
         decodes: list[Sequence] = []
         for seq in tuple(self.running):
             if seq.status is not SequenceStatus.RUNNING:  # preempted in this very loop
@@ -127,7 +128,7 @@ class Scheduler:
         return decodes
 
     def _admit(self) -> Sequence | None:
-        """Lets the first waiting sequence run if its blocks can be had now, and one more for each that runs."""
+        """Lets the first waiting sequence run if its blocks can be had, and one more for each that runs."""
         if not self.waiting or not self._free_lanes or self.waiting[0].num_pending:
             return None
         seq = self.waiting[0]
@@ -178,9 +179,10 @@ class Scheduler:
     # ---- update
 
     def update(self, output: StepOutput) -> list[tuple[int, SequenceUpdate]]:
-        """Takes in the answer to the oldest step in flight; returns (client, update) for the sequences it moved."""
+        """Takes in the answer to the oldest step in flight; returns (client, update) of sequences it moved."""
         in_flight = self.in_flight.popleft()
-        assert (output.incarnation, output.step) == (self.incarnation, in_flight.step), "an answer out of turn"
+        answered = (output.incarnation, output.step)
+        assert answered == (self.incarnation, in_flight.step), "an answer out of turn"
         assert len(output.token_ids) == len(in_flight.sampled), "one token for each row that samples"
         for part in output.prompt_logprobs:
             seq = in_flight.chunked[part.chunk]
@@ -227,10 +229,12 @@ class Scheduler:
         """Raises AssertionError if sequences, queues, lanes and blocks disagree."""
         assert set(self.sequences.values()) == {*self.running, *self.waiting}, "queues"
         lanes = [seq.lane for seq in self.running] + self._free_lanes
-        assert sorted(lanes) == list(range(len(lanes))), "lanes"
+        assert sorted(lanes) == list(range(self.max_num_seqs)), "lanes"
         for seq in self.running:
-            assert seq.status is SequenceStatus.RUNNING and seq.num_computed_tokens <= seq.num_tokens, "running"
+            assert seq.status is SequenceStatus.RUNNING, "running"
+            assert seq.num_computed_tokens <= seq.num_tokens, "computed"
             assert not seq.num_pending or seq.num_tokens - seq.num_computed_tokens <= 1, "pending rows"
         for seq in self.waiting:
-            assert seq.status is SequenceStatus.WAITING and not seq.block_table, "waiting"
+            assert seq.status is SequenceStatus.WAITING, "waiting"
+            assert not seq.block_table, "blocks of a waiting sequence"
         self.blocks.check_integrity(self.running)

@@ -15,6 +15,24 @@ class SequenceStatus(enum.Enum):
     FINISHED = enum.auto()
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class Prefix:
+    """The tokens of one full block and, through its parents, all before it; the root holds the cache salt."""
+
+    parent: Prefix | None
+    token_ids: list[int]
+
+    def is_same(self, other: Prefix) -> bool:
+        """Compares up to the first object that both share, most often the parent."""
+        a: Prefix | None = self
+        b: Prefix | None = other
+        while a is not b:
+            if a is None or b is None or a.token_ids != b.token_ids:
+                return False
+            a, b = a.parent, b.parent
+        return True
+
+
 @dataclass(eq=False, slots=True)
 class Sequence:
     """Tokens, progress and blocks. The driver owns `token_ids`; KV can always be computed again from them."""
@@ -30,7 +48,6 @@ class Sequence:
     stop_token_ids: frozenset[int]
     """Tokens that end the sequence, the end-of-sequence tokens among them unless ignored."""
     cache_salt: str | None = None
-    arrival: int = -1
     status: SequenceStatus = SequenceStatus.WAITING
     lane: int = -1
     num_prompt_tokens: int = 0
@@ -45,6 +62,8 @@ class Sequence:
     """Of the full blocks of `token_ids`, as far as computed."""
     num_committed_blocks: int = 0
     """Leading blocks of the table that were offered to the prefix cache."""
+    committed_prefix: Prefix | None = None
+    """Of the last of them."""
     prompt_logprobs: list[Logprobs | None] = field(default_factory=list)
 
     def __post_init__(self) -> None:

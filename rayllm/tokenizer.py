@@ -41,9 +41,7 @@ class Tokenizer:
             tokenizer = AutoTokenizer.from_pretrained(path)
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise UsageError(
-                f"no tokenizer at {str(path)!r} ({reason}): give a folder with tokenizer.json"
-            ) from error
+            raise UsageError(f"no tokenizer at {str(path)!r} ({reason}): give a folder with tokenizer.json") from error
         if not tokenizer.is_fast:
             raise UsageError(f"the tokenizer at {str(path)!r} has no tokenizer.json, which rayllm needs")
         return cls(tokenizer)
@@ -73,9 +71,7 @@ class Tokenizer:
         from jinja2 import TemplateError
 
         if not (self._hf.chat_template or kwargs.get("chat_template")):
-            raise UsageError(
-                "this model has no chat template: use the completions API, or pass chat_template"
-            )
+            raise UsageError("this model has no chat template: use the completions API, or pass chat_template")
         kwargs = {"add_generation_prompt": not kwargs.get("continue_final_message")} | kwargs
         try:
             text = self._hf.apply_chat_template(messages, tokenize=False, **kwargs)

@@ -3,6 +3,8 @@
 # mypy: allow-untyped-defs
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 
@@ -151,15 +153,27 @@ def _combine_kernel(
     tl.store(out + out_row * HEAD_DIM + dim, result.to(out.dtype.element_ty), mask=dim < HEAD_DIM)
 
 
-def _plan_splits(pairs: int, max_kv_len: int) -> tuple[int, int]:
-    """(most splits of a sequence, fewest keys in one) for `pairs` of sequence and KV head.
+class _Plan(NamedTuple):
+    splits: int  # of one sequence, at most
+    min_split: int  # keys
+    tile: int  # keys
+    num_warps: int
+
+
+def _plan(pairs: int, max_kv_len: int, head_dim: int, dtype: torch.dtype) -> _Plan:
+    """How to launch for `pairs` of sequence and KV head.
 
     About 2,048 programs fill the GPU. Large batches get several splits all the same, so that the GPU does not
-    wait at the end for one long sequence among short ones.
+    wait at the end for one long sequence among short ones. Small tiles leave room for many programs on each
+    SM; with few programs each must have more in flight.
     """
     min_split = min(max(64, triton.next_power_of_2(pairs) // 2), 1024)
-    splits = min(max(8, 2048 // pairs), 128)
-    return min(splits, triton.cdiv(max_kv_len, min_split)), min_split
+    splits = min(max(8, 2048 // pairs), 128, triton.cdiv(max_kv_len, min_split))
+    if dtype == torch.float32:  # no tensor cores: large tiles spill
+        return _Plan(splits, min_split, tile=16, num_warps=4)
+    if pairs >= 1024 or head_dim > 128:
+        return _Plan(splits, min_split, tile=32, num_warps=2)
+    return _Plan(splits, min_split, tile=64, num_warps=4)
 
 
 def _decode_attention_triton(
@@ -176,22 +190,18 @@ def _decode_attention_triton(
     out = torch.empty(batch, heads, head_dim, dtype=q.dtype, device=q.device)
     if batch == 0:
         return out
-    splits, min_split = _plan_splits(batch * kv_heads, max_kv_len)
-    split_out, split_lse = out, kv_lens  # stand-ins that a single split does not touch
-    if splits > 1:
-        split_out = torch.empty(batch, heads, splits, head_dim, dtype=torch.float32, device=q.device)
-        split_lse = torch.empty(batch, heads, splits, dtype=torch.float32, device=q.device)
-    # Small tiles leave room for many programs on each SM; with few programs each must have more in flight.
-    narrow = splits == 1 or head_dim * q.element_size() > 256
+    plan = _plan(batch * kv_heads, max_kv_len, head_dim, q.dtype)
+    split_out = torch.empty(batch, heads, plan.splits, head_dim, dtype=torch.float32, device=q.device)
+    split_lse = torch.empty(batch, heads, plan.splits, dtype=torch.float32, device=q.device)
     shared = {
         "HEADS": heads,
         "HEAD_DIM": head_dim,
         "HEAD_DIM_PADDED": triton.next_power_of_2(head_dim),
-        "SPLITS": splits,
-        "MIN_SPLIT": min_split,
-        "TILE": 32 if narrow else 64,
+        "SPLITS": plan.splits,
+        "MIN_SPLIT": plan.min_split,
+        "TILE": plan.tile,
     }
-    _decode_kernel[(kv_heads, batch, splits)](
+    _decode_kernel[(kv_heads, batch, plan.splits)](
         q,
         k_cache,
         v_cache,
@@ -206,14 +216,13 @@ def _decode_attention_triton(
         KV_HEADS=kv_heads,
         GROUP_PADDED=max(16, triton.next_power_of_2(heads // kv_heads)),
         BLOCK_SIZE=block_size,
-        num_warps=2 if narrow else 4,
+        num_warps=plan.num_warps,
         num_stages=2,
         **shared,
     )
-    if splits > 1:
-        _combine_kernel[(heads, batch)](
-            split_out, split_lse, kv_lens, out, SPLITS_PADDED=triton.next_power_of_2(splits), **shared
-        )
+    if plan.splits > 1:
+        splits_padded = triton.next_power_of_2(plan.splits)
+        _combine_kernel[(heads, batch)](split_out, split_lse, kv_lens, out, SPLITS_PADDED=splits_padded, **shared)
     return out
 
 

@@ -187,8 +187,10 @@ def _prefill_attention_triton(
         return out
     if has_context:
         k, v = k_cache.flatten(0, 1), v_cache.flatten(0, 1)
-    exact = q.dtype == torch.float32  # no tensor cores: small tiles, or registers spill
-    tile_m, tile_n = (32, 32) if exact else (128, 64 if head_dim <= 128 else 32)
+    if q.dtype == torch.float32:  # no tensor cores: large tiles spill
+        tile_m, tile_n, num_stages = 32, 16, 1
+    else:
+        tile_m, tile_n, num_stages = 128, 64 if head_dim <= 128 else 32, 2
     _prefill_kernel[(heads, len(kv_lens), triton.cdiv(max_seqlen_q, tile_m))](
         q,
         k,
@@ -210,8 +212,8 @@ def _prefill_attention_triton(
         TILE_M=tile_m,
         TILE_N=tile_n,
         IN_CACHE=has_context,
-        num_warps=4 if exact else 8,
-        num_stages=2,
+        num_warps=8,
+        num_stages=num_stages,
     )
     return out
 

@@ -18,9 +18,7 @@ class ColumnParallelLinear(nn.Module):
     `outputs` names the fused linears as in the checkpoint and gives each one's local part.
     """
 
-    def __init__(
-        self, in_features: int, outputs: Mapping[str, Split], *, bias: bool, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, in_features: int, outputs: Mapping[str, Split], *, bias: bool, dtype: torch.dtype) -> None:
         super().__init__()
         self.in_features = in_features
         self.outputs = dict(outputs)

@@ -47,15 +47,11 @@ class Attention(nn.Module):
             bias=config.qkv_bias,
             dtype=dtype,
         )
-        self.o_proj = RowParallelLinear(
-            "o_proj", query, config.hidden_size, tp, bias=config.o_bias, dtype=dtype
-        )
+        self.o_proj = RowParallelLinear("o_proj", query, config.hidden_size, tp, bias=config.o_bias, dtype=dtype)
         self.q_norm = RMSNorm(dim, config.rms_norm_eps, dtype) if config.qk_norm else None
         self.k_norm = RMSNorm(dim, config.rms_norm_eps, dtype) if config.qk_norm else None
 
-    def forward(
-        self, x: torch.Tensor, positions: torch.Tensor, rope: torch.Tensor, attend: Attend
-    ) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, positions: torch.Tensor, rope: torch.Tensor, attend: Attend) -> torch.Tensor:
         q, k, v = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim)).split(self.sizes, dim=1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -126,15 +122,11 @@ class Decoder(nn.Module):
 
     rope: torch.Tensor
 
-    def __init__(
-        self, config: ModelConfig, tp: TensorParallel, dtype: torch.dtype, max_model_len: int
-    ) -> None:
+    def __init__(self, config: ModelConfig, tp: TensorParallel, dtype: torch.dtype, max_model_len: int) -> None:
         super().__init__()
         self.config = config
         self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, tp, dtype)
-        self.layers = nn.ModuleList(
-            DecoderLayer(config, layer, tp, dtype) for layer in range(config.num_hidden_layers)
-        )
+        self.layers = nn.ModuleList(DecoderLayer(config, layer, tp, dtype) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         if config.tie_word_embeddings:
             self.lm_head = self.embed_tokens
@@ -182,5 +174,5 @@ def build_model(
     Raises UsageError when the model cannot be split over `tp.size` ranks.
     """
     config.check_tensor_parallel(tp.size)
-    with torch.device(device):
+    with torch.inference_mode(False), torch.device(device):  # or no other thread could fill them
         return Decoder(config, tp, dtype, max_model_len).eval()

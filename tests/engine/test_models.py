@@ -1,0 +1,243 @@
+"""The decoder against transformers, whole and split, and what ModelConfig accepts."""
+
+import json
+import random
+
+import msgspec
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+import transformers
+
+from rayllm.errors import UsageError
+from rayllm.layers import rope_table
+from rayllm.model_config import ModelConfig
+from rayllm.model_source import resolve_model
+from rayllm.models import build_model
+from rayllm.parallel import TensorParallel
+from rayllm.weights import load_weights
+
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.3,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+CONFIGS = {
+    "llama": transformers.LlamaConfig(**SIZES, vocab_size=128, rope_parameters=LLAMA3, head_dim=32),
+    "llama-bias": transformers.LlamaConfig(
+        **SIZES, vocab_size=131, attention_bias=True, mlp_bias=True, tie_word_embeddings=True
+    ),
+    "mistral": transformers.MistralConfig(**SIZES, vocab_size=128, head_dim=16, sliding_window=None),
+    "qwen2": transformers.Qwen2Config(**SIZES | {"num_key_value_heads": 1}, vocab_size=131),
+    "qwen3": transformers.Qwen3Config(
+        **SIZES, vocab_size=129, head_dim=32, tie_word_embeddings=True, rope_parameters=YARN
+    ),
+}
+
+
+def attend(layer, q, k, v):
+    """Plain causal attention of one sequence."""
+    q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(0, 1)
+
+
+@torch.inference_mode()
+def logits_of(folder, token_ids, tp=TensorParallel()):  # noqa: B008 (frozen)
+    source = resolve_model(str(folder))
+    model = build_model(source.config, tp, "cpu", torch.float32, max_model_len=256)
+    load_weights(model, source, tp)
+    hidden = model(token_ids, torch.arange(len(token_ids)), attend)
+    assert hidden.shape == (len(token_ids), source.config.hidden_size)
+    return tp.all_gather(model.compute_logits(hidden))
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """name → (folder, token ids, transformers' logits of them); one model sharded over several files."""
+    made = {}
+    for name, config in CONFIGS.items():
+        folder = tmp_path_factory.mktemp(name)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        for parameter in model.parameters():  # biases begin as zeros, norms as ones
+            parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
+        model.save_pretrained(folder, max_shard_size="100KB" if name == "llama" else "1GB")
+        token_ids = torch.randint(config.vocab_size, (100,))
+        with torch.no_grad():
+            made[name] = (folder, token_ids, model(token_ids[None]).logits[0])
+    assert len(list(made["llama"][0].glob("*.safetensors"))) > 2
+    return made
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_equal_transformers(checkpoints, name):
+    folder, token_ids, expected = checkpoints[name]
+    torch.testing.assert_close(logits_of(folder, token_ids), expected, rtol=1e-4, atol=1e-4)
+
+
+def run_rank(rank, size, folder, checkpoints):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size)
+    tp = TensorParallel(rank, size)
+    torch.save({n: logits_of(f, ids, tp) for n, (f, ids, _) in checkpoints.items()}, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_ranks_compute_the_same(checkpoints, tmp_path):
+    """Among the models: a KV head on both ranks, vocabularies that must be padded, biases after the sum."""
+    mp.spawn(run_rank, (2, tmp_path, checkpoints), nprocs=2)
+    for rank in range(2):
+        for name, logits in torch.load(tmp_path / f"{rank}.pt").items():
+            expected = checkpoints[name][2]
+            vocab_size = expected.shape[1]
+            assert logits.shape[1] == vocab_size + vocab_size % 2
+            assert (logits[:, vocab_size:] == -torch.inf).all()
+            torch.testing.assert_close(logits[:, :vocab_size], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_smollm2_equals_transformers(smollm2):
+    reference = transformers.AutoModelForCausalLM.from_pretrained(
+        smollm2.parent, gguf_file=smollm2.name, dtype=torch.float32
+    )
+    token_ids = torch.randint(49152, (50,))
+    with torch.no_grad():
+        expected = reference(token_ids[None]).logits[0]
+    torch.testing.assert_close(logits_of(smollm2, token_ids), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "default", "rope_theta": 1e4},
+        {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.5},
+        LLAMA3,
+        YARN,
+        YARN | {"beta_fast": 16, "beta_slow": 2, "attention_factor": 1.5},
+        YARN | {"mscale": 0.7, "mscale_all_dim": 1.0, "truncate": False},
+    ],
+)
+def test_rope_table_equals_transformers(rope):
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    config = transformers.LlamaConfig(**SIZES, head_dim=64, rope_parameters=rope)
+    positions = torch.arange(256)
+    cos, sin = LlamaRotaryEmbedding(config)(torch.zeros(1), positions[None])
+    expected = torch.cat((cos[0, :, :32], sin[0, :, :32]), dim=-1)
+    table = rope_table(ModelConfig.from_hf(config.to_dict()), 256)
+    torch.testing.assert_close(table, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_num_parameters(name):
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(CONFIGS[name])
+    assert ModelConfig.from_hf(CONFIGS[name].to_dict()).num_parameters() == model.num_parameters()
+
+
+def test_config_of_both_transformers_generations():
+    common = {"model_type": "llama", "vocab_size": 99, **SIZES}
+    scaling = {key: value for key, value in LLAMA3.items() if key != "rope_theta"}
+    four = common | {"torch_dtype": "float16", "rope_theta": 5e5, "rope_scaling": scaling}
+    five = common | {"dtype": "float16", "rope_parameters": LLAMA3}
+    config = ModelConfig.from_hf(four | {"eos_token_id": 5}, {"eos_token_id": [7, 5]})
+    assert config == ModelConfig.from_hf(five | {"eos_token_id": [5, 7]})
+    assert config.eos_token_ids == (5, 7)
+    assert config.dtype == "float16"
+    assert config.head_dim == 16
+    assert msgspec.json.decode(msgspec.json.encode(config), type=ModelConfig) == config
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification.*Qwen3ForCausal"),
+        ({"model_type": "mixtral"}, "mixtral"),
+        ({"quantization_config": {"quant_method": "awq"}}, "awq"),
+        ({"hidden_act": "gelu"}, "gelu"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic.*llama3"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"hidden_size": None}, "hidden_size"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads"),
+        ({"dtype": "float8_e4m3fn"}, "float8_e4m3fn.*bfloat16"),
+    ],
+)
+def test_unsupported_configs_are_refused(changes, message):
+    config = {"model_type": "llama", "vocab_size": 99, **SIZES}
+    ModelConfig.from_hf(config)
+    with pytest.raises(UsageError, match=message) as refused:
+        ModelConfig.from_hf(config | changes)
+    assert "\n" not in str(refused.value)
+
+
+def test_sliding_windows():
+    def window(**changes):
+        config = ModelConfig.from_hf({"vocab_size": 9, **SIZES, **changes})
+        return config.sliding_window, config.max_model_len
+
+    assert window(model_type="mistral", sliding_window=100) == (100, 100)
+    assert window(model_type="mistral", sliding_window=None) == (None, 256)
+    assert window(model_type="qwen2", sliding_window=100) == (None, 256)
+    mixed = {"model_type": "qwen2", "sliding_window": 100, "use_sliding_window": True}
+    assert window(**mixed, max_window_layers=3) == (None, 256)
+    assert window(**mixed, max_window_layers=2) == (100, 100)
+
+
+def test_tensor_parallel_sizes():
+    config = ModelConfig.from_hf(
+        {
+            "model_type": "qwen2",
+            "vocab_size": 10,
+            **SIZES,
+            "num_attention_heads": 12,
+            "num_key_value_heads": 4,
+            "head_dim": 8,
+        }
+    )
+    fits = [1, 2, 4, 12]  # 3 and 6 fit the query heads alone
+    for size in range(-1, 14):
+        if size in fits:
+            config.check_tensor_parallel(size)
+            assert config.local_query_heads(size) * size == 12
+            assert config.local_kv_heads(size) == max(1, 4 // size)
+            assert config.padded_vocab_size(size) in range(10, 10 + size)
+            assert config.kv_bytes_per_token(2, size) == 2 * 3 * config.local_kv_heads(size) * 8 * 2
+        else:
+            with pytest.raises(UsageError, match="tensor_parallel_size"):
+                build_model(config, TensorParallel(0, size), "cpu", torch.float32, 16)
+
+
+def test_dummy_weights(tmp_path):
+    file = tmp_path / "shape.json"
+    file.write_text(json.dumps({"model_type": "qwen3", "vocab_size": random.randint(50, 99), **SIZES}))
+    source = resolve_model(str(file), load_format="dummy")
+    assert source.tokenizer_path is None
+
+    def parameters(rank):
+        model = build_model(source.config, TensorParallel(rank, 2), "cpu", torch.bfloat16, 16)
+        for parameter in model.parameters():
+            parameter.fill_(torch.nan)
+        assert load_weights(model, source, TensorParallel(rank, 2)) == 0
+        return dict(model.named_parameters())
+
+    first, again, other = parameters(0), parameters(0), parameters(1)
+    for name, parameter in first.items():
+        assert torch.equal(parameter, again[name])
+        if name.endswith("norm.weight"):
+            assert (parameter == 1).all()
+        else:
+            assert 0.015 < parameter.float().std() < 0.025
+            assert not torch.equal(parameter, other[name])

@@ -1,0 +1,237 @@
+"""Connecting to Ray and reserving resources, on real clusters that live on this machine."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group_table
+
+from rayllm import placement
+from rayllm.errors import UsageError
+
+FAKE_HEAD = "f" * 51 + "00000"  # what Ray's fake cluster calls its head node
+
+
+def states() -> set[str]:
+    return {group["state"] for group in placement_group_table().values()}
+
+
+def refusal(*args, **kwargs) -> tuple[str, float]:
+    """The one line with which `reserve` refuses, and how many seconds it took."""
+    start = time.monotonic()
+    with pytest.raises(UsageError) as raised:
+        placement.reserve(*args, **kwargs)
+    assert "\n" not in str(raised.value)
+    assert states() <= {"CREATED", "REMOVED"}, "a refused placement group is still pending"
+    return str(raised.value), time.monotonic() - start
+
+
+# Before there is a Ray
+
+
+@pytest.fixture
+def no_ray(monkeypatch):
+    assert not ray.is_initialized()
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    yield
+    assert not ray.is_initialized()
+
+
+@pytest.mark.parametrize("address", ["ray://127.0.0.1:10001", "auto", None])
+def test_ray_client_is_refused(no_ray, monkeypatch, address):
+    if address in ("auto", None):
+        monkeypatch.setenv("RAY_ADDRESS", "ray://127.0.0.1:10001")
+    with pytest.raises(UsageError, match="ray://"):
+        placement.connect(address, min_cpus=1)
+
+
+@pytest.mark.parametrize("accepts", [False, True], ids=["closed", "silent"])
+def test_address_without_a_cluster(no_ray, accepts):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        if not accepts:
+            server.close()
+        start = time.monotonic()
+        with pytest.raises(UsageError, match=f"no Ray cluster answers at .*:{port}"):
+            placement.connect(f"127.0.0.1:{port}", min_cpus=1)
+        assert time.monotonic() - start < 2 * placement.CONNECT_TIMEOUT_S
+
+
+def test_address_without_a_port(no_ray):
+    with pytest.raises(UsageError, match="host:port"):
+        placement.connect("127.0.0.1", min_cpus=1)
+
+
+# A Ray started here
+
+
+class TestLocal:
+    @pytest.fixture(scope="class", autouse=True)
+    def cpus(self):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delenv("RAY_ADDRESS", raising=False)
+            cpus = (os.cpu_count() or 1) + 1
+            assert placement.connect(None, min_cpus=cpus)
+        yield cpus
+        ray.shutdown()
+
+    def test_connected_process_stays_as_it_is(self, cpus):
+        assert ray.cluster_resources()["CPU"] == cpus
+        assert not placement.connect(None, min_cpus=cpus + 1)
+        assert not placement.connect("127.0.0.1:1", min_cpus=1)
+        with pytest.raises(UsageError, match="ray://"):
+            placement.connect("ray://127.0.0.1:1", min_cpus=1)
+        assert ray.cluster_resources()["CPU"] == cpus
+
+    def test_device(self):
+        gpus = ray.cluster_resources().get("GPU", 0)
+        assert placement.choose_device("auto") == ("cuda" if gpus else "cpu")
+        assert placement.choose_device("cuda") == "cuda"
+        assert placement.choose_device("cpu") == "cpu"
+
+    def test_more_than_there_is(self, cpus):
+        message, seconds = refusal(cpus + 2, "cpu", placement_timeout_s=100)
+        assert f"needs {cpus + 2} CPU" in message
+        assert f"has {cpus} CPU" in message
+        assert seconds < 20
+        gpus = int(ray.cluster_resources().get("GPU", 0))
+        message, seconds = refusal(gpus + 1, "cuda", placement_timeout_s=100)
+        assert f"needs {gpus + 1} GPU + 1 CPU" in message
+        assert f"has {gpus} GPU + {cpus} CPU" in message
+        assert seconds < 20
+
+    def test_bundles(self, cpus):
+        group = placement.reserve(cpus, "cpu", placement_timeout_s=30)
+        assert group.bundle_specs == [{"CPU": 1}] * cpus
+        assert placement_group_table(group)["strategy"] == "STRICT_PACK"
+        placement.release(group)
+
+    def test_taken_resources(self, cpus, capsys):
+        """Neither an endless wait nor a refusal of what comes free in time."""
+        group = placement.reserve(cpus - 1, "cpu", placement_timeout_s=30)
+        message, seconds = refusal(2, "cpu", placement_timeout_s=2)
+        assert f"needs 2 CPU, but after 2 s only 1 CPU of the cluster's {cpus} CPU are free" in message
+        assert 2 <= seconds < 10
+        assert re.search(rf"waiting for 2 CPU.* of {cpus} CPU free", capsys.readouterr().err)
+        refusal(2, "cpu", placement_timeout_s=1.5, progress=False)
+        assert capsys.readouterr().err == ""
+
+        release = threading.Timer(1, placement.release, [group])
+        release.start()
+        placement.release(placement.reserve(2, "cpu", placement_timeout_s=30))
+        release.join()
+
+
+# A cluster that grows
+
+
+class TestAutoscaling:
+    """A head with 1 CPU; one node with 2 CPUs and one with 2 GPUs (which Ray takes our word for) can be added."""
+
+    @pytest.fixture(scope="class")
+    def address(self, tmp_path_factory):
+        with socket.create_server(("", 0)) as server:
+            port = server.getsockname()[1]
+        address = f"{ray.util.get_node_ip_address()}:{port}"
+        config = tmp_path_factory.mktemp("autoscaler") / "config.json"
+        config.write_text(json.dumps(self.configuration(address)))
+        environment = os.environ | {
+            "RAY_FAKE_CLUSTER": "1",
+            "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+            "RAY_AUTH_MODE": "disabled",
+        }
+        ray_command = Path(sys.executable).with_name("ray")
+        options = f"--port={port} --num-cpus=1 --num-gpus=0 --include-dashboard=false"
+        with open(config.with_name("head.log"), "w") as log:
+            head = subprocess.Popen(
+                [ray_command, "start", "--head", "--block", f"--autoscaling-config={config}", *options.split()],
+                env=environment,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        try:
+            yield address
+        finally:
+            os.killpg(head.pid, signal.SIGKILL)
+            head.wait()
+
+    @staticmethod
+    def configuration(address: str) -> dict:
+        def node_type(cpus: int, gpus: int, most: int) -> dict:
+            return {"resources": {"CPU": cpus, "GPU": gpus}, "node_config": {}, "max_workers": most}
+
+        return {
+            "cluster_name": "test",
+            "max_workers": 2,
+            "provider": {
+                "type": "external",
+                "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
+                "gcs_address": address,
+                "use_node_id_as_ip": True,
+                "disable_node_updaters": True,
+                "disable_launch_config_check": True,
+            },
+            "available_node_types": {
+                "ray.head.default": node_type(1, 0, 0),
+                "cpu": node_type(2, 0, 1),
+                "gpu": node_type(1, 2, 1),
+            },
+            "head_node_type": "ray.head.default",
+            "idle_timeout_minutes": 5,
+        }
+
+    @pytest.fixture(scope="class", autouse=True)
+    def connected(self, address):
+        deadline = time.monotonic() + 60
+        while True:  # until the head answers
+            try:
+                assert not placement.connect(address, min_cpus=1)
+                break
+            except UsageError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.2)
+        yield
+        ray.shutdown()
+
+    def nodes_of(self, group: PlacementGroup) -> int:
+        return len(set(placement_group_table(group)["bundles_to_node_id"].values()))
+
+    def test_gpus_to_come(self):
+        assert ray.cluster_resources().get("GPU", 0) == 0
+        assert placement.choose_device("auto") == "cuda"
+
+    def test_more_than_it_can_grow_to(self):
+        message, seconds = refusal(3, "cuda", placement_timeout_s=100)
+        assert "needs 3 GPU + 1 CPU, but the cluster has 0 GPU + 1 CPU and can grow to 2 GPU + " in message
+        assert seconds < 20
+
+    def test_grows(self, capsys):
+        group = placement.reserve(2, "cpu", placement_timeout_s=90)
+        assert placement_group_table(group)["strategy"] == "STRICT_PACK"
+        assert self.nodes_of(group) == 1
+        assert "waiting for 2 CPU" in capsys.readouterr().err
+        placement.release(group)
+
+    def test_shards_span_nodes_where_no_node_holds_them(self, caplog):
+        with caplog.at_level("INFO", logger="rayllm"):
+            group = placement.reserve(3, "cpu", placement_timeout_s=90)
+        assert placement_group_table(group)["strategy"] == "PACK"
+        assert self.nodes_of(group) == 2
+        assert [record.message for record in caplog.records if "PACK" in record.message]
+        placement.release(group)
+
+    def test_nodes_that_come_too_late(self):
+        message, seconds = refusal(2, "cuda", placement_timeout_s=1)
+        assert "needs 2 GPU + 1 CPU, but after 1 s only 0 GPU + " in message
+        assert 1 <= seconds < 10

@@ -1,0 +1,135 @@
+"""The engine on real GPUs, through Ray actors, against transformers on the same GPU."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from rayllm import LLM, SamplingParams
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
+    pytest.mark.timeout(600),
+]
+
+NUM_PROMPTS, OUTPUT_LEN = 12, 48
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A Qwen3 of a real one's head shape, small in all else."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=5003,
+        hidden_size=512,
+        intermediate_size=1536,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=128,
+        max_position_embeddings=4096,
+        initializer_range=0.05,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    folder = tmp_path_factory.mktemp("qwen3")
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    rng = random.Random(1)
+    shared = [rng.randrange(5003) for _ in range(300)]
+    prompts = [[rng.randrange(5003) for _ in range(rng.randint(1, 700))] for _ in range(NUM_PROMPTS - 3)]
+    return prompts + [shared + prompt[:20] for prompt in prompts[:3]]
+
+
+def reference(folder: str, prompts: list[list[int]], dtype: torch.dtype) -> list[list[int]]:
+    from transformers import AutoModelForCausalLM
+
+    torch.backends.cuda.matmul.allow_tf32 = False
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager").cuda()
+    outputs = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt], device="cuda")
+        output = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=OUTPUT_LEN,
+            min_new_tokens=OUTPUT_LEN,
+            do_sample=False,
+            use_cache=True,
+        )
+        outputs.append(output[0, len(prompt) :].tolist())
+    del model
+    torch.cuda.empty_cache()
+    return outputs
+
+
+@pytest.fixture(scope="module")
+def float32_reference(model_folder: str, prompts: list[list[int]]) -> list[list[int]]:
+    return reference(model_folder, prompts, torch.float32)
+
+
+def generate(folder: str, prompts: list[list[int]], **arguments: object) -> list[list[int]]:
+    params = SamplingParams(temperature=0, max_tokens=OUTPUT_LEN, ignore_eos=True)
+    with LLM(folder, skip_tokenizer_init=True, gpu_memory_utilization=0.5, progress=False, **arguments) as llm:
+        results = llm.generate(prompts, params, use_tqdm=False)
+        again = llm.generate(prompts[:4], params, use_tqdm=False)
+        assert [r["token_ids"] for r in again] == [r["token_ids"] for r in results[:4]]
+    return [result["token_ids"] for result in results]
+
+
+@pytest.mark.parametrize("tensor_parallel_size", [1, 2])
+@pytest.mark.parametrize("enforce_eager", [False, True])
+@pytest.mark.parametrize("limits", [{}, {"max_num_batched_tokens": 96, "max_num_seqs": 8}], ids=["whole", "chunked"])
+def test_float32_equals_transformers(
+    model_folder: str,
+    prompts: list[list[int]],
+    float32_reference: list[list[int]],
+    tensor_parallel_size: int,
+    enforce_eager: bool,
+    limits: dict[str, int],
+) -> None:
+    if torch.cuda.device_count() < tensor_parallel_size:
+        pytest.skip(f"needs {tensor_parallel_size} GPUs")
+    outputs = generate(
+        model_folder,
+        prompts,
+        dtype="float32",
+        tensor_parallel_size=tensor_parallel_size,
+        enforce_eager=enforce_eager,
+        **limits,
+    )
+    assert outputs == float32_reference
+
+
+@pytest.mark.parametrize("tensor_parallel_size", [1, 2])
+def test_bfloat16_agrees_with_transformers(
+    model_folder: str,
+    prompts: list[list[int]],
+    tensor_parallel_size: int,
+    record_property: pytest.RecordProperty,
+) -> None:
+    """bfloat16 has near-ties, after which two right answers part: most tokens before that must agree."""
+    if torch.cuda.device_count() < tensor_parallel_size:
+        pytest.skip(f"needs {tensor_parallel_size} GPUs")
+    expected = reference(model_folder, prompts, torch.bfloat16)
+    outputs = generate(model_folder, prompts, dtype="bfloat16", tensor_parallel_size=tensor_parallel_size)
+    agreed = [
+        next((i for i, (a, b) in enumerate(zip(x, y, strict=True)) if a != b), OUTPUT_LEN)
+        for x, y in zip(outputs, expected, strict=True)
+    ]
+    share = sum(agreed) / (len(prompts) * OUTPUT_LEN)
+    print(f"greedy agreement in bfloat16, TP {tensor_parallel_size}: {share:.1%} of tokens before the first difference")
+    record_property("greedy_agreement", share)
+    assert agreed.count(0) <= 2
+    assert share > 0.3

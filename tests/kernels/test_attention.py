@@ -1,0 +1,255 @@
+"""Decode and prefill attention: references against float64 loops, the GPU's kernels against references."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+
+import pytest
+import torch
+from kernel_testing import assert_close, poisoned
+from rayllm_kernels import decode_attention, prefill_attention, prefill_backend
+from rayllm_kernels.decode_attention import _decode_attention_triton, decode_attention_reference
+from rayllm_kernels.prefill_attention import (
+    _prefill_attention_flash,
+    _prefill_attention_triton,
+    prefill_attention_reference,
+)
+
+GARBAGE = 2**30  # a block far outside of any cache: reading it fails
+CPU = torch.device("cpu")
+
+
+@dataclass
+class Batch:
+    """Sequences of `kv_lens` keys in a KV cache; of each, the last `query_lens` tokens have queries."""
+
+    q: torch.Tensor
+    keys: list[torch.Tensor]  # of each sequence, in order: [kv_len, Hkv, D]
+    values: list[torch.Tensor]
+    k_cache: torch.Tensor
+    v_cache: torch.Tensor
+    block_tables: torch.Tensor
+    kv_lens: torch.Tensor
+    query_lens: list[int]
+    scale: float
+
+    def decode_args(self, max_kv_len: int | None = None) -> tuple:
+        max_kv_len = max_kv_len or int(self.kv_lens.max())
+        return self.q, self.k_cache, self.v_cache, self.block_tables, self.kv_lens, self.scale, max_kv_len
+
+    def prefill_args(self) -> tuple:
+        k, v = (
+            torch.cat([x[len(x) - n :] for x, n in zip(of, self.query_lens, strict=True)])
+            for of in (self.keys, self.values)
+        )
+        starts = torch.tensor([0, *self.query_lens]).cumsum(0).to(self.q.device, torch.int32)
+        has_context = self.kv_lens.tolist() != self.query_lens
+        longest = max(self.query_lens), int(self.kv_lens.max())
+        cached = self.k_cache, self.v_cache, self.block_tables
+        return self.q, k, v, *cached, starts, self.kv_lens, *longest, self.scale, has_context
+
+
+def make_batch(
+    kv_lens: list[int],
+    query_lens: list[int],
+    heads: tuple[int, int] = (4, 2),
+    head_dim: int = 32,
+    block_size: int = 16,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device = CPU,
+    unused: float = torch.nan,
+    garbage: int = GARBAGE,
+) -> Batch:
+    """Random tensors; slots that hold no key are `unused`, tables past a sequence's end hold `garbage`."""
+    num_heads, num_kv_heads = heads
+    blocks = [ceil(n / block_size) for n in kv_lens]
+    order = torch.randperm(sum(blocks) + 3)
+    tables = torch.full((len(kv_lens), max(blocks) + 2), garbage, dtype=torch.int32)
+    shape = (len(order), block_size, num_kv_heads, head_dim)
+    caches = [torch.full(shape, unused, dtype=dtype, device=device) for _ in "kv"]
+    contiguous: list[list[torch.Tensor]] = [[], []]
+    for row, (kv_len, count) in enumerate(zip(kv_lens, blocks, strict=True)):
+        mine, order = order[:count], order[count:]
+        tables[row, :count] = mine
+        for cache, sequences in zip(caches, contiguous, strict=True):
+            sequence = torch.randn(kv_len, num_kv_heads, head_dim, dtype=dtype, device=device)
+            sequences.append(sequence)
+            for i, block in enumerate(mine.tolist()):
+                part = sequence[i * block_size : (i + 1) * block_size]
+                cache[block, : len(part)] = part
+    # Queries, as the engine has them: a view into the projection of queries, keys and values.
+    projected = torch.randn(sum(query_lens), num_heads + 2 * num_kv_heads, head_dim, dtype=dtype, device=device)
+    return Batch(
+        projected[:, :num_heads],
+        *contiguous,
+        *caches,
+        tables.to(device),
+        torch.tensor(kv_lens, dtype=torch.int32, device=device),
+        query_lens,
+        scale=float(torch.rand(1) + 0.5) / head_dim**0.5,
+    )
+
+
+def naive_attention(batch: Batch) -> torch.Tensor:
+    """Softmax attention in float64, one query and one head after the other."""
+    q = batch.q.double()
+    group = q.shape[1] // batch.keys[0].shape[1]
+    out, row = torch.zeros_like(q), 0
+    for key, value, query_len in zip(batch.keys, batch.values, batch.query_lens, strict=True):
+        for i in range(query_len):
+            seen = len(key) - query_len + i + 1
+            for head in range(q.shape[1] if seen else 0):
+                scores = key[:seen, head // group].double() @ q[row, head] * batch.scale
+                out[row, head] = scores.softmax(0) @ value[:seen, head // group].double()
+            row += 1
+    return out
+
+
+def test_decode_reference_is_softmax_attention() -> None:
+    batch = make_batch([37, 1, 0, 64, 5], [1] * 5, heads=(6, 2), head_dim=24, block_size=8)
+    for max_kv_len in (64, 72):
+        assert_close(decode_attention(*batch.decode_args(max_kv_len)), naive_attention(batch))
+
+
+@pytest.mark.parametrize("has_context", [False, True])
+def test_prefill_reference_is_causal_softmax_attention(has_context: bool) -> None:
+    query_lens = [13, 1, 0, 20]
+    kv_lens = [29, 17, 0, 20] if has_context else query_lens
+    batch = make_batch(kv_lens, query_lens, heads=(6, 2), head_dim=24, block_size=4)
+    assert batch.prefill_args()[-1] == has_context
+    assert_close(prefill_attention(*batch.prefill_args()), naive_attention(batch))
+
+
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "block_size"),
+    [((2, 2), 16, 4), ((9, 3), 64, 16), ((8, 1), 96, 32), ((20, 1), 80, 8), ((4, 2), 128, 128)],
+)
+def test_decode_triton(
+    device: torch.device, dtype: torch.dtype, heads: tuple[int, int], head_dim: int, block_size: int
+) -> None:
+    kv_lens = [*torch.randint(1, 300, (2,)).tolist(), 0, 1, 65]
+    batch = make_batch(kv_lens, [1] * 5, heads, head_dim, block_size, dtype, device)
+    args = batch.decode_args()
+    with poisoned():
+        out = _decode_attention_triton(*args)
+    assert_close(out, decode_attention_reference(*args))
+    assert not out[2].any()
+
+
+def test_decode_triton_launch_larger_than_the_lengths(device: torch.device) -> None:
+    """A graph is captured for the longest model length; what the sequences have decides what is computed."""
+    batch = make_batch([130, 0, 20], [1] * 3, device=device)
+    batch.block_tables = torch.nn.functional.pad(batch.block_tables, (0, 400), value=GARBAGE)
+    with poisoned():
+        out = _decode_attention_triton(*batch.decode_args(max_kv_len=6000))
+    assert_close(out, decode_attention_reference(*batch.decode_args()))
+
+
+@pytest.mark.parametrize("has_context", [False, True])
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "block_size"),
+    [((2, 2), 16, 4), ((3, 1), 64, 16), ((2, 1), 96, 32), ((2, 1), 128, 128)],
+)
+def test_prefill_triton(
+    device: torch.device,
+    dtype: torch.dtype,
+    heads: tuple[int, int],
+    head_dim: int,
+    block_size: int,
+    has_context: bool,
+) -> None:
+    query_lens = [int(torch.randint(2, 170, ())), 1, 0, 63]
+    context = [int(torch.randint(1, 100, ())), 31, 0, 0] if has_context else [0] * 4
+    kv_lens = [n + m for n, m in zip(query_lens, context, strict=True)]
+    batch = make_batch(kv_lens, query_lens, heads, head_dim, block_size, dtype, device)
+    args = batch.prefill_args()
+    with poisoned():
+        out = _prefill_attention_triton(*args)
+    assert_close(out, prefill_attention_reference(*args))
+
+
+def test_prefill_backend_says_what_runs() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        name, _, reason = prefill_backend(dtype).partition(": ")
+        assert name in ("flash_attn_4", "triton", "torch")
+        assert "\n" not in reason
+        assert (name == "torch") != torch.cuda.is_available()
+        assert reason or name == "flash_attn_4"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("has_context", [False, True])
+@pytest.mark.parametrize("block_size", [16, 64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_prefill_flash_attention_4(has_context: bool, block_size: int, head_dim: int) -> None:
+    if not prefill_backend(torch.bfloat16, head_dim).startswith("flash_attn_4"):
+        pytest.skip(prefill_backend(torch.bfloat16, head_dim))
+    query_lens = [1000, 1, 127, 300]
+    kv_lens = [3000, 513, 127, 428] if has_context else query_lens
+    batch = make_batch(
+        kv_lens,
+        query_lens,
+        (16, 8),
+        head_dim,
+        block_size,
+        torch.bfloat16,
+        torch.device("cuda"),
+        unused=0,
+        garbage=0,
+    )
+    args = batch.prefill_args()
+    out = _prefill_attention_flash(*args)
+    assert_close(out, prefill_attention_reference(*args))
+    assert_close(out, _prefill_attention_triton(*args))
+    assert torch.equal(out, prefill_attention(*args))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_large_batches_on_a_gpu(dtype: torch.dtype, head_dim: int) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    kv_lens = [*torch.randint(0, 3000, (40,)).tolist(), 9000]
+    shapes = ((16, 8), head_dim, 64, dtype, torch.device("cuda"))
+    batch = make_batch(kv_lens, [1] * 41, *shapes)
+    with poisoned():
+        out = decode_attention(*batch.decode_args())
+    assert_close(out, decode_attention_reference(*batch.decode_args()))
+    batch = make_batch([2500, 700, 64], [900, 700, 5], *shapes)
+    with poisoned():
+        out = _prefill_attention_triton(*batch.prefill_args())
+    assert_close(out, prefill_attention_reference(*batch.prefill_args()))
+
+
+@pytest.mark.gpu
+def test_decode_in_a_cuda_graph_follows_its_inputs() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    shapes = ((16, 8), 128, 64, torch.bfloat16, torch.device("cuda"))
+    first, second = (make_batch(n, [1] * 4, *shapes) for n in ([5, 900, 0, 64], [2000, 1, 70, 333]))
+    width = 4096 // 64
+    q = first.q.contiguous()
+    tables = torch.zeros(4, width, dtype=torch.int32, device="cuda")
+    kv_lens = first.kv_lens.clone()
+    caches = [torch.zeros(64, 64, 8, 128, dtype=torch.bfloat16, device="cuda") for _ in "kv"]
+    args = (q, *caches, tables, kv_lens, 0.1, 4096)
+
+    def load(batch: Batch) -> None:
+        q.copy_(batch.q)
+        kv_lens.copy_(batch.kv_lens)
+        tables[:, : batch.block_tables.shape[1]] = batch.block_tables
+        for cache, source in zip(caches, (batch.k_cache, batch.v_cache), strict=True):
+            cache[: len(source)] = source
+
+    load(first)
+    decode_attention(*args)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = decode_attention(*args)
+    for batch in (first, second):
+        load(batch)
+        out.fill_(torch.nan)
+        graph.replay()
+        assert_close(out, decode_attention_reference(*args))

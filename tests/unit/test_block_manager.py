@@ -1,0 +1,245 @@
+"""The block manager against a model that knows every block's whole prefix and hashes nothing."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from rayllm import block_manager
+from rayllm.block_manager import BlockManager
+from rayllm.sampling_params import SamplingParams
+from rayllm.sequence import Sequence
+
+NO_LOGPROBS = SamplingParams()
+PROMPTS = st.lists(st.integers(1, 2), min_size=1, max_size=10)
+SALTS = st.sampled_from((None, None, None, "salt"))
+
+
+def make_sequence(token_ids, salt=None, params=NO_LOGPROBS) -> Sequence:
+    return Sequence(0, 0, list(token_ids), params, seed=0, max_tokens=99, stop_token_ids=frozenset(), cache_salt=salt)
+
+
+def run(manager: BlockManager, token_ids, salt=None) -> Sequence:
+    """A sequence that holds its blocks, all computed."""
+    seq = make_sequence(token_ids, salt)
+    manager.allocate(seq, manager.blocks_for(len(token_ids)), manager.find_cached(seq))
+    seq.num_computed_tokens = len(token_ids)
+    manager.commit(seq)
+    return seq
+
+
+class BlockMachine(RuleBasedStateMachine):
+    @initialize(
+        num_blocks=st.integers(2, 12), block_size=st.integers(1, 3), caching=st.sampled_from((True, True, False))
+    )
+    def start(self, num_blocks, block_size, caching):
+        self.manager = BlockManager(num_blocks, block_size, caching)
+        self.caching, self.block_size, self.clock = caching, block_size, 0
+        self.sequences: list[Sequence] = []
+        self.num_offered: dict[Sequence, int] = {}
+        self.cached: dict[tuple, int] = {}
+        self.freed = {block: (0, 0) for block in range(num_blocks)}
+        """Free blocks: when, and minus the index in the table they were freed from."""
+
+    def prefix(self, seq: Sequence, i: int) -> tuple:
+        return (seq.cache_salt, *seq.token_ids[: (i + 1) * self.block_size])
+
+    def expected_hits(self, seq: Sequence) -> list[int]:
+        hits = []
+        if self.caching and seq.params.prompt_logprobs is None:
+            # a block may not hold the last token, which has to be computed
+            while len(seq.token_ids) > (len(hits) + 1) * self.block_size and self.prefix(seq, len(hits)) in self.cached:
+                hits.append(self.cached[self.prefix(seq, len(hits))])
+        return hits
+
+    def take(self, block: int) -> None:
+        """Checks that `block` was the one to evict."""
+        hashed = set(self.cached.values())
+        if unhashed := self.freed.keys() - hashed:
+            assert block in unhashed
+        else:
+            assert block == min(self.freed, key=self.freed.__getitem__)
+        del self.freed[block]
+        self.cached = {prefix: cached for prefix, cached in self.cached.items() if cached != block}
+
+    def commit(self, seq: Sequence) -> None:
+        self.manager.commit(seq)
+        num_full = min(seq.num_computed_tokens, len(seq.token_ids)) // self.block_size
+        for i in range(self.num_offered[seq], num_full if self.caching else 0):
+            self.cached.setdefault(self.prefix(seq, i), seq.block_table[i])
+            self.num_offered[seq] = i + 1
+
+    @rule(token_ids=PROMPTS, salt=SALTS, logprobs=st.sampled_from((None, None, 1)), reserve=st.integers(0, 3))
+    def admit(self, token_ids, salt, logprobs, reserve):
+        seq = make_sequence(token_ids, salt, SamplingParams(prompt_logprobs=logprobs))
+        hits = self.manager.find_cached(seq)
+        assert hits == self.expected_hits(seq)
+        num_blocks = -(-len(token_ids) // self.block_size)
+        assert self.manager.blocks_for(len(token_ids)) == num_blocks
+        fits = len(self.freed.keys() - set(hits)) >= num_blocks + reserve - len(hits)
+        assert self.manager.can_allocate(num_blocks + reserve, hits) == fits
+        if fits:
+            self.manager.allocate(seq, num_blocks, hits)
+            assert seq.block_table[: len(hits)] == hits
+            assert len(seq.block_table) == num_blocks
+            for block in hits:
+                self.freed.pop(block, None)
+            for block in seq.block_table[len(hits) :]:
+                self.take(block)
+            seq.num_computed_tokens = len(hits) * self.block_size
+            self.num_offered[seq] = len(hits)
+            self.sequences.append(seq)
+
+    @precondition(lambda self: self.sequences)
+    @rule(data=st.data(), number=st.integers(1, 6))
+    def compute(self, data, number):
+        """Of known tokens, and of one that is not known yet."""
+        seq = data.draw(st.sampled_from(self.sequences))
+        seq.num_computed_tokens = min(seq.num_computed_tokens + number, len(seq.token_ids) + 1)
+        while seq.num_computed_tokens > len(seq.block_table) * self.block_size:
+            if not self.freed:
+                seq.num_computed_tokens = len(seq.block_table) * self.block_size
+                break
+            self.take(self.manager.append(seq))
+        self.commit(seq)
+
+    @precondition(lambda self: self.sequences)
+    @rule(data=st.data(), token_ids=st.lists(st.integers(1, 2), min_size=1, max_size=4))
+    def learn(self, data, token_ids):
+        seq = data.draw(st.sampled_from(self.sequences))
+        seq.token_ids += token_ids
+        self.commit(seq)
+
+    @precondition(lambda self: self.sequences)
+    @rule(data=st.data())
+    def release(self, data):
+        seq = data.draw(st.sampled_from(self.sequences))
+        table = list(seq.block_table)
+        self.sequences.remove(seq)
+        self.manager.release(seq)
+        assert seq.block_table == []
+        self.clock += 1
+        held = Counter(block for other in self.sequences for block in other.block_table)
+        self.freed |= {block: (self.clock, -i) for i, block in enumerate(table) if not held[block]}
+
+    @rule(token_ids=PROMPTS, salt=SALTS)
+    def look(self, token_ids, salt):
+        seq = make_sequence(token_ids, salt)
+        assert self.manager.find_cached(seq) == self.expected_hits(seq)
+
+    @invariant()
+    def agree(self):
+        if hasattr(self, "manager"):
+            self.manager.check_integrity(self.sequences)
+            assert self.manager.num_free_blocks == len(self.freed)
+
+
+TestBlockManager = BlockMachine.TestCase
+TestBlockManager.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+
+
+def test_eviction_order():
+    manager = BlockManager(num_blocks=6, block_size=2)
+    first, second = run(manager, [1, 1, 2, 2, 3]), run(manager, [4, 4, 5, 5, 6])
+    (a, b, unhashed_1), (c, d, unhashed_2) = first.block_table, second.block_table
+    manager.release(second)
+    manager.release(first)
+    hit = run(manager, [4, 4, 7])  # used again, and thereby more recently than `first`
+    assert hit.block_table[0] == c
+    manager.release(hit)
+    taker = make_sequence(range(100, 112))
+    manager.allocate(taker, 6, [])
+    assert set(taker.block_table[:2]) == {unhashed_1, unhashed_2}
+    assert taker.block_table[2:] == [d, b, a, c]
+
+
+@pytest.mark.parametrize("length", [1, 3, 4, 5, 8, 9])
+def test_one_prompt_token_is_computed(length):
+    manager = BlockManager(num_blocks=8, block_size=4)
+    seq = run(manager, range(length))
+    assert manager.find_cached(make_sequence(range(length))) == seq.block_table[: (length - 1) // 4]
+
+
+def test_salts_share_nothing():
+    manager = BlockManager(num_blocks=16, block_size=2)
+    tables = {salt: run(manager, range(5), salt).block_table for salt in (None, "a", "b")}
+    for salt, table in tables.items():
+        assert manager.find_cached(make_sequence(range(5), salt)) == table[:2]
+    assert manager.find_cached(make_sequence(range(5), "c")) == []
+    assert len({block for table in tables.values() for block in table}) == 9
+
+
+def test_can_allocate_counts_hits():
+    manager = BlockManager(num_blocks=4, block_size=1)
+    seq = run(manager, [1, 2, 3])
+    hits = manager.find_cached(make_sequence([1, 2, 9, 9, 9]))
+    assert hits == seq.block_table[:2]
+    assert manager.can_allocate(3, hits)  # held hits cost nothing, one block is free
+    assert not manager.can_allocate(4, hits)
+    manager.release(seq)
+    assert manager.can_allocate(4, hits)  # free hits are among the four free blocks
+    assert not manager.can_allocate(5, hits)
+
+
+@pytest.mark.parametrize("kept", [0, 4], ids=["all blocks alike", "blocks of like tokens alike"])
+def test_hash_collisions_do_not_hit(monkeypatch, kept):
+    """Digests that forget what came before (or all): tokens decide, those of earlier blocks too."""
+    monkeypatch.setattr(block_manager.xxhash, "xxh3_128_digest", lambda data: data[len(data) - kept :])
+    manager = BlockManager(num_blocks=32, block_size=1)
+    first = run(manager, [1, 5, 6, 7])
+    manager.check_integrity([first])
+    assert manager.find_cached(make_sequence([2, 5, 6])) == []
+    assert manager.find_cached(make_sequence([1, 5, 6], "salt")) == []
+    second = run(manager, [2, 5, 6, 7])  # its 2 is cached, the rest stands under the hashes of `first`
+    assert manager.find_cached(make_sequence([2, 5, 6])) == second.block_table[: 1 if kept else 0]
+    assert manager.find_cached(make_sequence([1, 5, 6])) == first.block_table[: 2 if kept else 1]
+    manager.check_integrity([first, second])
+
+
+def test_collision_after_the_parent_was_evicted(monkeypatch):
+    """A block outlives the cached twin of its parent; the parent's hash then comes to stand for other tokens."""
+    digests = {b"": b"root"}
+
+    def digest(data: bytes) -> bytes:
+        """1 and 2 as first tokens collide."""
+        return digests.setdefault(data, b"same" if data[-4:] in (b"\1\0\0\0", b"\2\0\0\0") else bytes([len(digests)]))
+
+    monkeypatch.setattr(block_manager.xxhash, "xxh3_128_digest", digest)
+    manager = BlockManager(num_blocks=3, block_size=1)
+    owner, twin = run(manager, [1]), run(manager, [1])
+    twin.token_ids += [5]
+    twin.num_computed_tokens = 2
+    manager.append(twin)
+    manager.commit(twin)
+    manager.release(owner)
+    other = run(manager, [2])  # in the block of `owner`
+    assert manager.find_cached(make_sequence([2, 5, 6])) == other.block_table
+    manager.check_integrity([twin, other])
+
+
+def test_caching_off():
+    manager = BlockManager(num_blocks=8, block_size=2, enable_prefix_caching=False)
+    seq = run(manager, range(8))
+    manager.release(seq)
+    assert manager.find_cached(make_sequence(range(8))) == []
+    manager.check_integrity([])
+
+
+def test_integrity_check_sees_damage():
+    def damaged(damage):
+        manager = BlockManager(num_blocks=4, block_size=2)
+        seq = run(manager, range(4))
+        manager.check_integrity([seq])
+        damage(manager, seq)
+        with pytest.raises(AssertionError):
+            manager.check_integrity([seq])
+
+    damaged(lambda manager, seq: seq.block_table.pop())
+    damaged(lambda manager, seq: seq.block_table.append(seq.block_table[0]))
+    damaged(lambda manager, seq: manager._free.popitem())
+    damaged(lambda manager, seq: manager._cached.popitem())
+    damaged(lambda manager, seq: setattr(seq, "num_computed_tokens", 5))
