@@ -188,6 +188,7 @@ class TestAutoscaling:
             },
             "head_node_type": "ray.head.default",
             "idle_timeout_minutes": 5,
+            "file_mounts": {},
         }
 
     @pytest.fixture(scope="class", autouse=True)
