@@ -54,8 +54,7 @@ class Engine:
 
     def _resolve(self, config: EngineConfig, device: str) -> EngineConfig:
         model = self.source.config
-        limit = min(model.max_position_embeddings, model.sliding_window or model.max_position_embeddings)
-        return config.resolved(device=device, model_dtype=model.dtype, model_max_len=limit)
+        return config.resolved(device=device, model_dtype=model.dtype, model_max_len=model.max_model_len)
 
     def _start(self, progress: bool) -> EngineInfo:
         driver_class = ray.remote(num_cpus=0, concurrency_groups={"control": 2})(Driver)

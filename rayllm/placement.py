@@ -75,8 +75,8 @@ def _check_reachable(address: str) -> None:
                 raise UsageError(f"no Ray cluster answers at {target}: {hint}") from None
             if address != "auto" and os.environ.get("RAY_AUTH_MODE", "").lower() != "token":
                 raise UsageError(
-                    f"the Ray cluster at {target} asks for a token: set RAY_AUTH_MODE=token, and the token "
-                    "in RAY_AUTH_TOKEN or ~/.ray/auth_token"
+                    f"the Ray cluster at {target} asks for a token: before Python starts, set "
+                    "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN unless the token is in ~/.ray/auth_token"
                 ) from None
 
 

@@ -12,7 +12,7 @@ import pytest
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # shards and references share few cores here
 if not Path("/dev/nvidiactl").exists():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton; only tests/kernels needs it
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # for tests/kernels, before anything imports Triton
 
 NUM_CPUS = 4
 
@@ -36,7 +36,9 @@ def ray_cluster() -> Iterator[str]:
     """A Ray cluster of `NUM_CPUS` CPUs, of which this process is part; its address."""
     import ray
 
-    context = ray.init(num_cpus=NUM_CPUS, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    context = ray.init(
+        "local", num_cpus=NUM_CPUS, include_dashboard=False, log_to_driver=False, logging_level="ERROR"
+    )
     yield context.address_info["gcs_address"]
     ray.shutdown()
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from rayllm_kernels._triton import jit, tl, triton
 
 _LOG2_E = 1.4426950408889634  # the kernels use powers of two, which the GPU computes directly
+_MAX_SPLITS = 128
 
 
 def decode_attention_reference(
@@ -44,12 +45,12 @@ def decode_attention_reference(
 
 
 @jit
-def _split_size(kv_len, SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr, TILE: tl.constexpr):
+def _split_size(kv_len, splits, min_split, TILE: tl.constexpr):
     """Keys in each split of a sequence: whole tiles, never so few that a split costs more than it saves."""
-    return tl.cdiv(tl.maximum(tl.cdiv(kv_len, SPLITS), MIN_SPLIT), TILE) * TILE
+    return tl.cdiv(tl.maximum(tl.cdiv(kv_len, splits), min_split), TILE) * TILE
 
 
-@jit
+@jit(do_not_specialize=["table_stride", "splits", "min_split"])  # they change from step to step
 def _decode_kernel(
     q,
     k_cache,
@@ -63,20 +64,20 @@ def _decode_kernel(
     q_stride_seq,
     q_stride_head,
     table_stride,
+    splits,
+    min_split,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEAD_DIM_PADDED: tl.constexpr,
     GROUP_PADDED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
-    SPLITS: tl.constexpr,
-    MIN_SPLIT: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """One split of one sequence's keys for the query heads of one KV head."""
     kv_head, seq, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     kv_len = tl.load(kv_lens + seq)
-    split_size = _split_size(kv_len, SPLITS, MIN_SPLIT, TILE)
+    split_size = _split_size(kv_len, splits, min_split, TILE)
     start = split * split_size
     if (start >= kv_len) & (split > 0):  # split 0 of an empty sequence goes on, to write its zeros
         return
@@ -115,39 +116,39 @@ def _decode_kernel(
     if kv_len <= split_size:
         tl.store(out + out_row * HEAD_DIM + dim, acc.to(out.dtype.element_ty), mask=q_mask)
     else:
-        out_row = out_row * SPLITS + split
+        out_row = out_row * splits + split
         tl.store(split_out + out_row * HEAD_DIM + dim, acc, mask=q_mask)
         tl.store(split_lse + out_row, (maximum + tl.log2(total))[:, None], mask=row < GROUP)
 
 
-@jit
+@jit(do_not_specialize=["splits", "min_split"])
 def _combine_kernel(
     split_out,
     split_lse,
     kv_lens,
     out,
+    splits,
+    min_split,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEAD_DIM_PADDED: tl.constexpr,
-    SPLITS: tl.constexpr,
     SPLITS_PADDED: tl.constexpr,
-    MIN_SPLIT: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """The splits' outputs of one query head, weighted by their log-sum-exps."""
     head, seq = tl.program_id(0), tl.program_id(1)
     kv_len = tl.load(kv_lens + seq)
-    split_size = _split_size(kv_len, SPLITS, MIN_SPLIT, TILE)
+    split_size = _split_size(kv_len, splits, min_split, TILE)
     if kv_len <= split_size:  # its only split has written the output itself
         return
     out_row = seq.to(tl.int64) * HEADS + head
     split = tl.arange(0, SPLITS_PADDED)
     used = split * split_size < kv_len
-    lse = tl.load(split_lse + out_row * SPLITS + split, mask=used, other=float("-inf"))
+    lse = tl.load(split_lse + out_row * splits + split, mask=used, other=float("-inf"))
     weights = tl.exp2(lse - tl.max(lse, axis=0))
     weights = weights / tl.sum(weights, axis=0)
     dim = tl.arange(0, HEAD_DIM_PADDED)
-    offsets = (out_row * SPLITS + split)[:, None] * HEAD_DIM + dim[None, :]
+    offsets = (out_row * splits + split)[:, None] * HEAD_DIM + dim[None, :]
     parts = tl.load(split_out + offsets, mask=used[:, None] & (dim < HEAD_DIM)[None, :], other=0.0)
     result = tl.sum(parts * weights[:, None], axis=0)
     tl.store(out + out_row * HEAD_DIM + dim, result.to(out.dtype.element_ty), mask=dim < HEAD_DIM)
@@ -168,7 +169,7 @@ def _plan(pairs: int, max_kv_len: int, head_dim: int, dtype: torch.dtype) -> _Pl
     SM; with few programs each must have more in flight.
     """
     min_split = min(max(64, triton.next_power_of_2(pairs) // 2), 1024)
-    splits = min(max(8, 2048 // pairs), 128, triton.cdiv(max_kv_len, min_split))
+    splits = min(max(8, 2048 // pairs), _MAX_SPLITS, triton.cdiv(max_kv_len, min_split))
     if dtype == torch.float32:  # no tensor cores: large tiles spill
         return _Plan(splits, min_split, tile=16, num_warps=4)
     if pairs >= 1024 or head_dim > 128:
@@ -197,8 +198,6 @@ def _decode_attention_triton(
         "HEADS": heads,
         "HEAD_DIM": head_dim,
         "HEAD_DIM_PADDED": triton.next_power_of_2(head_dim),
-        "SPLITS": plan.splits,
-        "MIN_SPLIT": plan.min_split,
         "TILE": plan.tile,
     }
     _decode_kernel[(kv_heads, batch, plan.splits)](
@@ -213,6 +212,8 @@ def _decode_attention_triton(
         scale * _LOG2_E,
         *q.stride()[:2],
         block_tables.stride(0),
+        plan.splits,
+        plan.min_split,
         KV_HEADS=kv_heads,
         GROUP_PADDED=max(16, triton.next_power_of_2(heads // kv_heads)),
         BLOCK_SIZE=block_size,
@@ -221,8 +222,16 @@ def _decode_attention_triton(
         **shared,
     )
     if plan.splits > 1:
-        splits_padded = triton.next_power_of_2(plan.splits)
-        _combine_kernel[(heads, batch)](split_out, split_lse, kv_lens, out, SPLITS_PADDED=splits_padded, **shared)
+        _combine_kernel[(heads, batch)](
+            split_out,
+            split_lse,
+            kv_lens,
+            out,
+            plan.splits,
+            plan.min_split,
+            SPLITS_PADDED=16 if plan.splits <= 16 else _MAX_SPLITS,
+            **shared,
+        )
     return out
 
 

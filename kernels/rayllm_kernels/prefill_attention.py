@@ -98,7 +98,7 @@ def _attend(
     return acc, maximum, total
 
 
-@jit
+@jit(do_not_specialize=["block_tables", "kv_lens", "table_stride"])  # slices of a step's rows, aligned or not
 def _prefill_kernel(
     q,
     k,

@@ -6,7 +6,7 @@ from collections import Counter
 
 import hypothesis.strategies as st
 import pytest
-from hypothesis import settings
+from hypothesis import Phase, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from rayllm import block_manager
@@ -139,7 +139,13 @@ class BlockMachine(RuleBasedStateMachine):
 
 
 TestBlockManager = BlockMachine.TestCase
-TestBlockManager.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestBlockManager.settings = settings(
+    max_examples=150,
+    stateful_step_count=40,
+    deadline=None,
+    report_multiple_bugs=False,
+    phases=set(Phase) - {Phase.explain},
+)
 
 
 def test_eviction_order():

@@ -98,7 +98,11 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 TestScheduler = SchedulerMachine.TestCase
 TestScheduler.settings = settings(
-    max_examples=150, stateful_step_count=12, deadline=None, phases=set(Phase) - {Phase.explain}
+    max_examples=150,
+    stateful_step_count=12,
+    deadline=None,
+    report_multiple_bugs=False,
+    phases=set(Phase) - {Phase.explain},
 )
 
 
