@@ -46,7 +46,7 @@ def report(name: str, llm: LLM, options: argparse.Namespace, startup_s: float) -
         seconds = run(llm, dataclasses.replace(workload, output_lens=output_lens))
         output_tokens = sum(output_lens)
         output_rate = output_tokens / seconds
-    stats = llm.async_llm.engine.stats()
+    shards = llm.async_llm.engine.shard_stats()
     line = {
         "workload": name,
         "model": options.model,
@@ -57,7 +57,7 @@ def report(name: str, llm: LLM, options: argparse.Namespace, startup_s: float) -
         "output_tokens_per_s": round(output_rate, 1),
         "prompt_tokens_per_s": round(prompt_rate, 1),
         "startup_s": round(startup_s, 1),
-        "peak_memory_gib": round(max(shard.peak_memory_bytes for shard in stats.shards) / 2**30, 2),
+        "peak_memory_gib": round(max(shard.peak_memory_bytes for shard in shards) / 2**30, 2),
     }
     print(json.dumps(line), flush=True)
 

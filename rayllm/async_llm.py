@@ -91,6 +91,7 @@ class AsyncLLM:
         self._fail("the engine was closed")
         if self._loop is not None and not self._loop.is_closed():
             self._loop.remove_reader(self._inbox)
+            self._watcher.cancel()
         self._driver.send(Stop())
         self._driver.close(linger_s=1)
         self._inbox.close()

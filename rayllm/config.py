@@ -54,10 +54,15 @@ class EngineConfig:
             if not ok:
                 raise UsageError(f"{name} must be {allowed}, not {getattr(self, name)!r}")
 
+        for name, hint in _hints().items():
+            if choices := _choices(hint):
+                check(getattr(self, name) in choices, name, "one of " + ", ".join(choices))
+            else:
+                kinds = typing.get_args(hint) or (hint,)
+                kind = type(getattr(self, name))
+                fits = kind in kinds or (kind is int and float in kinds)
+                check(fits, name, " or ".join(k.__name__.removesuffix("Type") for k in kinds))
         check(bool(self.model), "model", "a model folder, a .gguf file or a Hub id")
-        for option in dataclasses.fields(self):
-            if choices := _choices(_hints()[option.name]):
-                check(getattr(self, option.name) in choices, option.name, "one of " + ", ".join(choices))
         for name in ("tensor_parallel_size", "max_num_seqs", "block_size"):
             check(getattr(self, name) >= 1, name, "at least 1")
         for name in ("max_num_batched_tokens", "kv_cache_memory_bytes", "num_gpu_blocks_override"):

@@ -67,8 +67,9 @@ class Choice:
             token_ids += update.token_ids
             logprobs += update.logprobs
             self._num_tokens += len(update.token_ids)
+            num_held = len(self._held)
             self._held += self._decode(update)
-            stop = self._find_stop()
+            stop = self._find_stop(num_held)
             text += self._release(is_last=stop is not None or update.finish_reason is not None)
             if stop is not None:
                 break
@@ -93,15 +94,16 @@ class Choice:
         text = self._detokenizer.add(update.token_ids if is_shown else update.token_ids[:-1])
         return text + self._detokenizer.flush() if update.finish_reason else text
 
-    def _find_stop(self) -> str | None:
-        """The stop string that ends first in the held text, which is cut there."""
+    def _find_stop(self, num_old: int) -> str | None:
+        """The stop string that ends first after `num_old` characters of the held text, which is cut there."""
         if self._num_tokens < self._params.min_tokens:
             return None
-        found = [(self._held.find(stop) + len(stop), stop) for stop in self._stops if stop in self._held]
+        starts = [(self._held.find(stop, max(0, num_old - len(stop) + 1)), stop) for stop in self._stops]
+        found = [(start + len(stop), start, stop) for start, stop in starts if start >= 0]
         if not found:
             return None
-        end, stop = min(found)
-        self._held = self._held[: end if self._params.include_stop_str_in_output else end - len(stop)]
+        end, start, stop = min(found)
+        self._held = self._held[: end if self._params.include_stop_str_in_output else start]
         return stop
 
     def _release(self, is_last: bool) -> str:

@@ -8,9 +8,9 @@ import time
 from pathlib import Path
 from typing import Literal
 
-import grpc  # type: ignore[import-untyped]
+import grpc
 import ray
-import yaml  # type: ignore[import-untyped]
+import yaml
 from ray._private import services  # the one that knows what "auto" means
 from ray.autoscaler.v2.utils import is_autoscaler_v2
 from ray.experimental.internal_kv import _internal_kv_exists
@@ -203,7 +203,7 @@ def _addable_nodes(count: int) -> list[Resources] | None:
                 arguments = path.read_text().split("\0")
             except OSError:  # the process is gone, or somebody else's
                 continue
-            if gcs_address in arguments and any(name.endswith("monitor.py") for name in arguments):
+            if gcs_address in arguments and any(name.endswith("/monitor.py") for name in arguments):
                 files = [a.partition("=")[2] for a in arguments if a.startswith("--autoscaling-config=")]
                 return Path(files[0]).expanduser().read_text() if files else ""
         return None

@@ -237,4 +237,5 @@ class Scheduler:
         for seq in self.waiting:
             assert seq.status is SequenceStatus.WAITING, "waiting"
             assert not seq.block_table, "blocks of a waiting sequence"
+            assert not seq.num_computed_tokens, "computed tokens of a waiting sequence"
         self.blocks.check_integrity(self.running)

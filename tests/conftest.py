@@ -25,6 +25,11 @@ def pytest_report_header(config: pytest.Config) -> str:
     return f"random inputs: --seed {config.getoption('seed')}"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that start a Ray of their own run before this process is part of `ray_cluster`."""
+    items.sort(key=lambda item: "ray_cluster" in getattr(item, "fixturenames", ()))
+
+
 @pytest.fixture
 def rng(request: pytest.FixtureRequest) -> random.Random:
     """Each test's own; the same in every run with the same --seed."""

@@ -53,9 +53,10 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor, positions: torch.Tensor, rope: torch.Tensor, attend: Attend) -> torch.Tensor:
         q, k, v = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim)).split(self.sizes, dim=1)
+        norms = None
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = apply_rope(q, k, positions, rope)
+            norms = self.q_norm.weight, self.k_norm.weight, self.q_norm.eps
+        q, k = apply_rope(q, k, positions, rope, norms)
         return self.o_proj(attend(self.layer, q, k, v).flatten(1))
 
     def weight_slices(self, prefix: str) -> Iterator[WeightSlice]:

@@ -37,16 +37,17 @@ class Reference:
         return self.logits(token_ids).log_softmax(dim=1)
 
     def greedy(self, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
-        """`generate(do_sample=False)`; every answer is computed once, those that are new in one batch."""
+        """`generate(do_sample=False)`; every answer is computed once."""
         new = [p for p in dict.fromkeys(map(tuple, prompts)) if (p, max_tokens) not in self._known]
-        if new:
-            longest = max(map(len, new))
-            padded = torch.tensor([[0] * (longest - len(p)) + list(p) for p in new])
-            mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in new])
+        new.sort(key=len)  # to pad little
+        for batch in (new[i : i + 8] for i in range(0, len(new), 8)):
+            longest = max(map(len, batch))
+            padded = torch.tensor([[0] * (longest - len(p)) + list(p) for p in batch])
+            mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in batch])
             output = self.model.generate(
                 padded, attention_mask=mask, do_sample=False, max_new_tokens=max_tokens, pad_token_id=0
             )
-            for prompt, row in zip(new, output[:, longest:].tolist(), strict=True):
+            for prompt, row in zip(batch, output[:, longest:].tolist(), strict=True):
                 self._known[prompt, max_tokens] = row
         return [self._known[tuple(p), max_tokens] for p in prompts]
 

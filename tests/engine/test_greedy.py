@@ -22,7 +22,7 @@ TEXTS = [
     "To be, or not to be, that is the question:\nWhether 'tis nobler in the mind to suffer\nThe slings and arrows of",
     "SELECT name, age FROM users WHERE",
     "Dear Sir or Madam,\n\nI am writing to",
-    "The quick brown fox jumps over the lazy dog. " * 12,
+    "The quick brown fox jumps over the lazy dog. " * 7,
     "<html>\n<head>\n<title>",
     "Q: Why is the sky blue?\nA:",
 ]
@@ -32,7 +32,7 @@ CHATS = [
     "Write a haiku about autumn.",
     "List three prime numbers.",
     "Translate 'good morning' into Spanish.",
-    "Summarise: " + "Ray places the processes, NCCL moves the tensors, Serve takes the requests. " * 8,
+    "Summarise: " + "Ray places the processes, NCCL moves the tensors, Serve takes the requests. " * 3,
     "Who wrote Hamlet?",
     "How do I boil an egg?",
 ]
@@ -69,7 +69,7 @@ def test_smollm2_on_three_shards(engines, reference):
     weights = 134_515_008 * 4  # parameters in float32
     for rank in ranks:
         assert rank.bytes_read == pytest.approx(alone.bytes_read / 3, rel=0.02)
-        assert alone.peak_memory_bytes - rank.peak_memory_bytes == pytest.approx(weights * 2 / 3, rel=0.15)
+        assert rank.peak_memory_bytes < alone.peak_memory_bytes - 0.95 * weights * 2 / 3
 
 
 def make_prompts(rng: random.Random) -> list[list[int]]:

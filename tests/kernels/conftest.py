@@ -1,22 +1,17 @@
-"""Runs the Triton kernels in Triton's interpreter on the CPU; where there is a GPU, compiled."""
+"""Runs the Triton kernels in Triton's interpreter on the CPU (tests/conftest.py turns it on), or compiled on a GPU."""
 
 from __future__ import annotations
 
-import os
+import random
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # Triton and the kernels read it when they are imported
-
 from rayllm_kernels import activation
 
 
 @pytest.fixture(autouse=True)
-def _fresh_inputs() -> None:
-    """Seeds torch anew for every test; pytest shows the seed when the test fails."""
-    print(f"torch.manual_seed({torch.seed()})")
+def _fresh_inputs(rng: random.Random) -> None:
+    torch.manual_seed(rng.getrandbits(63))
 
 
 @pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -29,7 +24,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     if torch.cuda.is_available():
         pytest.skip("the kernels are compiled in this process")
     if "Interpreted" not in type(activation._silu_and_mul_kernel).__name__:
-        pytest.fail("Triton was imported before TRITON_INTERPRET=1 was set: set it earlier, or outside pytest")
+        pytest.fail("Triton was imported without TRITON_INTERPRET=1: set it before anything imports Triton")
     return torch.device("cpu")
 
 

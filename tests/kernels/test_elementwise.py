@@ -71,17 +71,30 @@ def test_rope_is_hugging_faces(dtype: torch.dtype) -> None:
         assert_close(actual, wanted)
 
 
+def test_rope_normalises_heads_first() -> None:
+    q, k, weights = torch.randn(11, 6, 32), torch.randn(11, 2, 32), torch.rand(2, 32)
+    positions, cache = torch.randint(0, 500, (11,)), rope_cache(500, 32)
+    normed = rms_norm(q, weights[0], 1e-2), rms_norm(k, weights[1], 1e-2)
+    expected = apply_rope(*normed, positions, cache)
+    for actual, wanted in zip(apply_rope(q, k, positions, cache, (*weights, 1e-2)), expected, strict=True):
+        assert_close(actual, wanted)
+
+
+@pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize(("q_heads", "k_heads", "head_dim"), [(9, 3, 64), (4, 4, 24), (1, 1, 128)])
 def test_rope_triton_on_views(
-    device: torch.device, dtype: torch.dtype, q_heads: int, k_heads: int, head_dim: int
+    device: torch.device, dtype: torch.dtype, q_heads: int, k_heads: int, head_dim: int, normed: bool
 ) -> None:
     qkv = torch.randn(7, q_heads + 2 * k_heads, head_dim, dtype=dtype, device=device)
     untouched = qkv[:, q_heads + k_heads :].clone()
     q, k, v = qkv.split((q_heads, k_heads, k_heads), dim=1)
     positions = torch.randint(0, 300, (7,), device=device)
     cache = rope_cache(300, head_dim).to(device)
-    expected = apply_rope(q.cpu(), k.cpu(), positions.cpu(), cache.cpu())
-    for actual, wanted in zip(_apply_rope_triton(q, k, positions, cache), expected, strict=True):
+    q_weight, k_weight = torch.rand(2, head_dim, dtype=dtype, device=device) + 0.5
+    norms = (q_weight, k_weight, 1e-5) if normed else None
+    cpu_norms = (q_weight.cpu(), k_weight.cpu(), 1e-5) if normed else None
+    expected = apply_rope(q.cpu(), k.cpu(), positions.cpu(), cache.cpu(), cpu_norms)
+    for actual, wanted in zip(_apply_rope_triton(q, k, positions, cache, norms), expected, strict=True):
         assert_close(actual, wanted.to(device))
     assert torch.equal(v, untouched)
 

@@ -176,6 +176,8 @@ class Engine:
         num_free, num_preemptions = self.scheduler.blocks.num_free_blocks, self.scheduler.num_preemptions
 
         step = self.scheduler.schedule()
+        seeds = [seq.seed for seq in (*self.scheduler.running, *self.scheduler.waiting)]
+        assert seeds == sorted(seeds), "first come, first served"
         if step is None:
             assert self.answers or not self.scheduler.sequences, "the engine is stuck"
             return None
@@ -193,7 +195,6 @@ class Engine:
         assert all(0 <= seq.lane < self.config.max_num_seqs for seq in self.scheduler.running)
         for start in step.starts:
             if start.seed not in self.first_starts:
-                assert start.seed > max(self.first_starts, default=-1), "first come, first served"
                 self.first_starts[start.seed] = start
 
         step = msgspec.msgpack.decode(msgspec.msgpack.encode(step), type=StepInput)

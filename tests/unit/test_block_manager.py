@@ -136,6 +136,9 @@ class BlockMachine(RuleBasedStateMachine):
         if hasattr(self, "manager"):
             self.manager.check_integrity(self.sequences)
             assert self.manager.num_free_blocks == len(self.freed)
+            for seq in self.sequences:
+                longer = make_sequence([*seq.token_ids, 3], seq.cache_salt)
+                assert self.manager.find_cached(longer) == self.expected_hits(longer)
 
 
 TestBlockManager = BlockMachine.TestCase

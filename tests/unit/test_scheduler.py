@@ -174,6 +174,16 @@ def test_hits_within_the_step_that_computes():
     engine.drain(2)
 
 
+@pytest.mark.parametrize("depth", [1, 2])
+def test_outputs_are_hit_by_the_next_turn(depth):
+    engine = small_engine()
+    first = engine.add([1, 2], max_tokens=5, stops=frozenset())
+    engine.drain(depth)
+    follow_up = engine.add([*engine.sequences[first].token_ids, 3], max_tokens=2)
+    engine.drain(depth)
+    assert engine.updates[follow_up][0].num_cached_tokens == 6  # of 7: the last output's KV was never computed
+
+
 def test_prompt_logprobs_take_no_hits_but_leave_blocks():
     engine = small_engine(max_num_batched_tokens=8)
     first = engine.add(STEM, max_tokens=5, prompt_logprobs=2, logprobs=1)
@@ -214,6 +224,33 @@ def test_abort_while_preempted():
     assert preempted.num_pending == 1  # its last token is still being computed
     engine.abort((preempted.client, preempted.sequence))
     engine.drain(2)
+
+
+def test_a_preempted_sequence_waits_for_its_pending_token():
+    engine = small_engine(num_blocks=4, max_model_len=8)
+    first = engine.add([1, 2], max_tokens=3, stops=frozenset())
+    engine.add([3, 3], max_tokens=6, stops=frozenset())
+    engine.schedule()
+    for _ in range(2):
+        engine.schedule()
+        engine.update()
+    # all of `first` is on its way, the other has filled its blocks and none is free
+    assert engine.schedule() is None
+    assert engine.scheduler.num_preemptions == 1
+    engine.abort(first)
+    assert engine.schedule() is None
+    engine.update()
+    assert engine.schedule().starts[0].num_prompt_tokens == 2
+    engine.drain(2)
+
+
+def test_admission_leaves_a_block_to_each_that_runs():
+    engine = small_engine(num_blocks=4, max_model_len=8)
+    engine.add([1, 2], max_tokens=3, stops=frozenset())
+    engine.add([3] * 6, max_tokens=2, stops=frozenset())
+    assert len(engine.schedule().starts) == 1  # three blocks are free, and would do for the prompt alone
+    engine.drain(2)
+    assert engine.scheduler.num_preemptions == 0
 
 
 def test_min_tokens_travel_as_banned_tokens():

@@ -1,0 +1,115 @@
+"""The configuration: what it refuses, what it decides, and its flags on the command line."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from typing import Any
+
+import pytest
+
+from rayllm import config
+from rayllm.config import EngineConfig
+from rayllm.errors import UsageError
+
+FIELDS = [option.name for option in dataclasses.fields(EngineConfig)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"model": ""}, "model must be a model folder"),
+        ({"tensor_parallel_size": 0}, "tensor_parallel_size must be at least 1, not 0"),
+        ({"max_num_seqs": 0}, "max_num_seqs must be at least 1"),
+        ({"block_size": -1}, "block_size must be at least 1"),
+        ({"max_model_len": 1}, "max_model_len must be at least 2"),
+        ({"max_num_batched_tokens": 0}, "max_num_batched_tokens must be at least"),
+        ({"max_num_batched_tokens": 7, "max_num_seqs": 8}, r"at least max_num_seqs \(8\).*not 7"),
+        ({"kv_cache_memory_bytes": 0}, "kv_cache_memory_bytes must be at least 1"),
+        ({"num_gpu_blocks_override": 0}, "num_gpu_blocks_override must be at least 1"),
+        ({"gpu_memory_utilization": 1.1}, "gpu_memory_utilization must be over 0 and at most 1, not 1.1"),
+        ({"gpu_memory_utilization": 0}, "gpu_memory_utilization"),
+        ({"placement_timeout_s": -1}, "placement_timeout_s"),
+        ({"dtype": "int8"}, "dtype must be one of auto, float32, bfloat16, float16, not 'int8'"),
+        ({"device": "tpu"}, "device must be one of auto, cpu, cuda, not 'tpu'"),
+        ({"load_format": "pt"}, "load_format must be one of auto, dummy"),
+        ({"tokenizer": "a", "skip_tokenizer_init": True}, "skip_tokenizer_init must be off"),
+        ({"max_num_seqs": "8"}, "max_num_seqs must be int, not '8'"),
+        ({"max_model_len": 100.0}, "max_model_len must be int or None, not 100.0"),
+        ({"tensor_parallel_size": True}, "tensor_parallel_size must be int, not True"),
+        ({"enforce_eager": "yes"}, "enforce_eager must be bool, not 'yes'"),
+        ({"model": None}, "model must be str, not None"),
+        ({"max_modellen": 5}, "unknown engine argument max_modellen: did you mean max_model_len?"),
+        ({"tensor_parallel": 2}, "did you mean tensor_parallel_size?"),
+        ({"zzz": 2}, "unknown engine argument zzz: known are .*block_size.*"),
+    ],
+)
+def test_refusals(arguments: dict[str, Any], message: str):
+    with pytest.raises(UsageError, match=message) as refused:
+        EngineConfig.of(**{"model": "m"} | arguments)
+    assert "\n" not in str(refused.value)
+
+
+def test_numbers_of_any_kind():
+    assert EngineConfig(model="m", gpu_memory_utilization=1, placement_timeout_s=5).gpu_memory_utilization == 1
+
+
+def resolved(device: str, model_dtype: str = "bfloat16", **arguments: Any) -> EngineConfig:
+    return EngineConfig(model="m", **arguments).resolved(device=device, model_dtype=model_dtype, model_max_len=4096)
+
+
+def test_what_device_and_model_decide():
+    cpu, gpu = resolved("cpu"), resolved("cuda")
+    assert (cpu.device, cpu.dtype, cpu.max_model_len, cpu.max_num_batched_tokens) == ("cpu", "float32", 4096, 1024)
+    assert (gpu.device, gpu.dtype, gpu.max_model_len, gpu.max_num_batched_tokens) == ("cuda", "bfloat16", 4096, 8192)
+    assert resolved("cuda", "float16").dtype == "float16"
+    assert resolved("cuda", "float32").dtype == "bfloat16"
+    assert resolved("cuda", dtype="float32").dtype == "float32"
+    assert resolved("cpu", max_num_seqs=2000).max_num_batched_tokens == 2000
+    given = resolved("cpu", max_model_len=100, max_num_batched_tokens=300, block_size=7)
+    assert (given.max_model_len, given.max_num_batched_tokens, given.block_size) == (100, 300, 7)
+    assert dataclasses.replace(cpu) == cpu
+
+
+def test_what_device_and_model_refuse():
+    with pytest.raises(UsageError, match="max_model_len must be at most 4096 for this model, not 4097"):
+        resolved("cpu", max_model_len=4097)
+    with pytest.raises(UsageError, match="block_size must be a multiple of 16 on a GPU, not 24"):
+        resolved("cuda", block_size=24)
+
+
+def parse(*arguments: str) -> EngineConfig:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model")
+    config.add_arguments(parser.add_argument_group("engine"))
+    return config.from_arguments(parser.parse_args(["model", *arguments]))
+
+
+@pytest.mark.parametrize("name", [name for name in FIELDS if name != "model"])
+def test_every_field_is_a_flag(name: str):
+    values = {
+        "tokenizer": "folder",
+        "load_format": "dummy",
+        "dtype": "bfloat16",
+        "device": "cuda",
+        "gpu_memory_utilization": 0.25,
+        "placement_timeout_s": 2.5,
+    }
+    default = getattr(EngineConfig(model="model"), name)
+    flag = "--" + name.replace("_", "-")
+    if isinstance(default, bool):
+        for value, words in ((True, [flag]), (False, ["--no-" + flag[2:]])):
+            assert parse(*words) == EngineConfig(model="model", **{name: value})
+    else:
+        value = values.get(name, 300)
+        assert parse(flag, str(value)) == EngineConfig(model="model", **{name: value})
+    assert parse() == EngineConfig(model="model")
+
+
+def test_help_tells_of_every_field():
+    parser = argparse.ArgumentParser()
+    config.add_arguments(parser.add_argument_group("engine"))
+    text = " ".join(parser.format_help().split())
+    for option in dataclasses.fields(EngineConfig):
+        if option.name != "model":
+            assert option.metadata["doc"] in text

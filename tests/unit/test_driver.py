@@ -1,0 +1,233 @@
+"""The driver's loop over the real transport, led against shards that the test plays."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from rayllm.config import EngineConfig
+from rayllm.driver import MAX_STEPS_IN_FLIGHT, Driver
+from rayllm.errors import EngineDeadError
+from rayllm.model_config import ModelConfig
+from rayllm.model_source import ModelSource
+from rayllm.sampling_params import SamplingParams
+from rayllm.scheduler import Scheduler
+from rayllm.step import (
+    Abort,
+    AddClient,
+    AddSequence,
+    ClientMessage,
+    DriverMessage,
+    EngineDied,
+    SequenceUpdate,
+    ShardFailed,
+    StepInput,
+    StepOutput,
+    Stop,
+    Updates,
+)
+from rayllm.transport import Receiver, Sender
+
+INCARNATION = 3
+EOS = 9
+TIMEOUT_S = 10
+SILENCE_S = 0.2
+"""So long nothing may come where nothing should."""
+
+CONFIG = EngineConfig(model="m", max_num_seqs=4, max_model_len=64, block_size=4).resolved(
+    device="cpu", model_dtype="float32", model_max_len=64
+)
+MODEL = ModelConfig(
+    model_type="llama",
+    vocab_size=10,
+    hidden_size=8,
+    intermediate_size=8,
+    num_hidden_layers=1,
+    num_attention_heads=1,
+    num_key_value_heads=1,
+    head_dim=8,
+    eos_token_ids=(EOS,),
+)
+
+
+class Peers:
+    """Everyone a driver talks to: two shards, of which the first answers, and two clients."""
+
+    def __init__(self) -> None:
+        self.driver = Driver(CONFIG, ModelSource("", "dummy", MODEL, None), INCARNATION)
+        self.shards: list[Receiver[StepInput | Stop]] = [Receiver(StepInput | Stop) for _ in range(2)]
+        # what Driver.start does with the help of Ray
+        self.driver._inbox = Receiver(DriverMessage)
+        self.driver._senders = [Sender(shard.address) for shard in self.shards]
+        self.driver.scheduler = Scheduler(
+            num_blocks=16,
+            block_size=4,
+            max_num_seqs=4,
+            max_num_batched_tokens=32,
+            max_model_len=64,
+            incarnation=INCARNATION,
+        )
+        self.to_driver = Sender(self.driver._inbox.address)
+        self.clients: list[Receiver[ClientMessage]] = [Receiver(ClientMessage) for _ in range(2)]
+        for number, client in enumerate(self.clients):
+            self.to_driver.send(AddClient(number, client.address))
+        self.error: BaseException | None = None
+        self.thread = threading.Thread(target=self._run)
+        self.thread.start()
+
+    def _run(self) -> None:
+        try:
+            self.driver.run()
+        except BaseException as error:
+            self.error = error
+
+    def add(self, sequence: int = 0, client: int = 0, max_tokens: int = 4) -> None:
+        params = SamplingParams(max_tokens=max_tokens)
+        self.to_driver.send(AddSequence(client, sequence, [1, 2, 3], params, seed=0))
+
+    def answer(self, step: StepInput, *token_ids: int, incarnation: int = INCARNATION) -> None:
+        self.to_driver.send(StepOutput(incarnation, step.step, list(token_ids)))
+
+    def step(self) -> StepInput:
+        """The next one, which both shards get."""
+        first, second = (self._one(shard) for shard in self.shards)
+        assert first == second
+        assert isinstance(first, StepInput)
+        return first
+
+    def no_step(self) -> bool:
+        return not any(shard.receive(SILENCE_S) for shard in self.shards)
+
+    def updates(self, client: int = 0) -> list[SequenceUpdate]:
+        message = self._one(self.clients[client])
+        assert isinstance(message, Updates)
+        return message.updates
+
+    def stop(self) -> None:
+        if self.thread.is_alive():
+            self.to_driver.send(Stop())
+        self.thread.join(TIMEOUT_S)
+        assert not self.thread.is_alive()
+
+    def close(self) -> None:
+        self.stop()
+        self.to_driver.close()
+        for receiver in (*self.shards, *self.clients):
+            receiver.close()
+
+    @staticmethod
+    def _one(receiver: Receiver) -> object:
+        messages = receiver.receive(TIMEOUT_S)
+        assert len(messages) == 1, f"one message, not {messages}"
+        return messages[0]
+
+
+@pytest.fixture
+def peers() -> Iterator[Peers]:
+    peers = Peers()
+    yield peers
+    peers.close()
+
+
+def test_every_step_is_sent_before_the_last_one_is_answered(peers: Peers):
+    """So the shards never wait; and never are more than two steps on their way, nor one whose tokens nobody wants."""
+    peers.add(max_tokens=5)
+    step = peers.step()
+    for token_id in range(1, 5):
+        ahead = peers.step()
+        assert (ahead.step, ahead.decode_lanes) == (step.step + 1, [0])
+        if token_id == 2:
+            assert peers.no_step(), f"more than {MAX_STEPS_IN_FLIGHT} steps in flight"
+        peers.answer(step, token_id)
+        assert [(u.token_ids, u.finish_reason) for u in peers.updates()] == [([token_id], None)]
+        step = ahead
+    assert peers.no_step()
+    peers.answer(step, 5)
+    assert [(u.token_ids, u.finish_reason) for u in peers.updates()] == [([5], "length")]
+
+
+def test_a_row_behind_the_end_is_dropped(peers: Peers):
+    peers.add()
+    first, wasted = peers.step(), peers.step()
+    peers.answer(first, EOS)
+    [update] = peers.updates()
+    assert (update.token_ids, update.finish_reason, update.stop_token_id) == ([EOS], "stop", EOS)
+    peers.answer(wasted, 5)
+    assert peers.no_step()
+    assert not peers.clients[0].receive(SILENCE_S)
+
+
+def test_clients_get_one_message_a_step_with_their_own(peers: Peers):
+    peers.add(sequence=0, client=0)
+    first = peers.step()  # the others come in time for the second
+    peers.add(sequence=1, client=0)
+    peers.add(sequence=0, client=1)
+    second = peers.step()
+    while len(second.starts) + len(second.decode_lanes) < 3:  # or the third, if the second was already on its way
+        peers.answer(first, 4)
+        assert len(peers.updates(0)) == 1
+        first, second = second, peers.step()
+    peers.answer(first, 5)
+    assert [u.sequence for u in peers.updates(0)] == [0]
+    rows = len(second.decode_lanes) + len(second.chunks) // 2
+    peers.answer(second, *range(rows))
+    assert [u.sequence for u in peers.updates(0)] == [0, 1]
+    assert [u.sequence for u in peers.updates(1)] == [0]
+
+
+def test_answers_of_another_incarnation_are_ignored(peers: Peers):
+    peers.add()
+    step = peers.step()
+    peers.answer(step, 1, incarnation=INCARNATION - 1)
+    peers.answer(step, 2)
+    assert [u.token_ids for u in peers.updates()] == [[2]]
+
+
+def test_abort_frees_everything(peers: Peers):
+    peers.add(max_tokens=40)
+    first, second = peers.step(), peers.step()
+    peers.to_driver.send(Abort(0, [0, 77]))
+    peers.answer(first, 1)
+    peers.answer(second, 2)
+    assert peers.no_step()
+    assert not peers.clients[0].receive(SILENCE_S)
+    assert peers.driver.scheduler.blocks.num_free_blocks == 16
+    peers.driver.scheduler.check_integrity()
+
+
+def test_stop_reaches_the_shards(peers: Peers):
+    peers.stop()
+    assert peers.error is None
+    assert [shard.receive(TIMEOUT_S) for shard in peers.shards] == [[Stop()], [Stop()]]
+
+
+def fail_shard(peers: Peers) -> None:
+    peers.to_driver.send(ShardFailed(INCARNATION, "shard 1 died"))
+
+
+def answer_out_of_turn(peers: Peers) -> None:
+    peers.to_driver.send(StepOutput(INCARNATION, 100, [1]))
+
+
+@pytest.mark.parametrize(
+    ("fail", "kind", "reason"),
+    [
+        (fail_shard, EngineDeadError, "shard 1 died"),
+        (answer_out_of_turn, Exception, "driver: .*"),
+    ],
+)
+def test_failure_is_told_to_all_clients(peers: Peers, fail: Callable[[Peers], None], kind: type, reason: str):
+    peers.add()
+    peers.step()
+    fail(peers)
+    for client in peers.clients:
+        [message] = client.receive(TIMEOUT_S)
+        assert isinstance(message, EngineDied)
+        assert message.incarnation == INCARNATION
+        assert re.fullmatch(reason, message.reason)
+    peers.thread.join(TIMEOUT_S)
+    assert isinstance(peers.error, kind)
+    assert [shard.receive(TIMEOUT_S)[-1] for shard in peers.shards] == [Stop(), Stop()]
