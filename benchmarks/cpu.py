@@ -34,7 +34,11 @@ def main() -> None:
     def transformers(prompts: list[list[int]]) -> None:
         ids = torch.tensor(prompts)
         output = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=OUTPUT_LEN, min_new_tokens=OUTPUT_LEN, do_sample=False
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=OUTPUT_LEN,
+            min_new_tokens=OUTPUT_LEN,
+            do_sample=False,
         )
         assert output.shape[1] == PROMPT_LEN + OUTPUT_LEN
 

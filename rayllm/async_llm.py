@@ -14,7 +14,7 @@ from rayllm.engine import Engine
 from rayllm.errors import EngineDeadError, UsageError
 from rayllm.output import Choice, Increment
 from rayllm.sampling_params import SamplingParams
-from rayllm.step import Abort, AddClient, AddSequence, ClientMessage, EngineDied, Stop
+from rayllm.step import Abort, AddClient, AddSequence, ClientMessage, EngineDied
 from rayllm.tokenizer import Tokenizer
 from rayllm.transport import Receiver, Sender, local_host
 
@@ -92,7 +92,6 @@ class AsyncLLM:
         if self._loop is not None and not self._loop.is_closed():
             self._loop.remove_reader(self._inbox)
             self._watcher.cancel()
-        self._driver.send(Stop())
         self._driver.close(linger_s=1)
         self._inbox.close()
         self.engine.close()
@@ -139,7 +138,9 @@ class AsyncLLM:
             )
         if not 0 <= min(token_ids) <= max(token_ids) < self.vocab_size:
             raise UsageError(f"token ids must be 0 to {self.vocab_size - 1}, the model's vocabulary")
-        if any(not 0 <= token_id < self.vocab_size for token_id in (*(params.logit_bias or ()), *params.stop_token_ids)):
+        if any(
+            not 0 <= token_id < self.vocab_size for token_id in (*(params.logit_bias or ()), *params.stop_token_ids)
+        ):
             raise UsageError(f"token ids in logit_bias and stop_token_ids must be 0 to {self.vocab_size - 1}")
         if params.stop_strings and self.tokenizer is None:
             raise UsageError("stop strings need the tokenizer, which skip_tokenizer_init left out")

@@ -75,9 +75,7 @@ class EngineConfig:
             "max_num_batched_tokens",
             f"at least max_num_seqs ({self.max_num_seqs}), one token each",
         )
-        check(
-            not (self.skip_tokenizer_init and self.tokenizer), "skip_tokenizer_init", "off when a tokenizer is named"
-        )
+        check(not (self.skip_tokenizer_init and self.tokenizer), "skip_tokenizer_init", "off when a tokenizer is named")
 
     @classmethod
     def of(cls, **arguments: Any) -> EngineConfig:

@@ -1,66 +1,111 @@
-"""CUDA graphs of decode steps: one for each of a few batch sizes; a batch is padded to the next."""
+"""CUDA graphs of whole steps, from the packed input to the sampled tokens.
+
+Python takes far longer to launch a model's kernels one by one than a GPU takes to run them, so steps are padded to
+one of a few shapes, each captured once. All graphs share their memory.
+"""
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from rayllm.lanes import Lanes
+from rayllm.model_input import ModelInput, Rows, Shape, pack, unpack
 from rayllm.progress import Track, untracked
 
 
-def graph_sizes(max_num_seqs: int) -> list[int]:
-    """1, 2, 4, 8, then every 8 up to 64, every 16 up to 256, every 64 above; at most `max_num_seqs`."""
-    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, max_num_seqs + 1, 64)]
-    return sorted({size for size in sizes if size < max_num_seqs} | {max_num_seqs})
+@dataclass(frozen=True)
+class ModelOutput:
+    """What a step computes; of a graph valid until the next step. Tokens are written into their lanes already."""
+
+    hidden: torch.Tensor
+    """[T, hidden_size]."""
+    logits: torch.Tensor
+    """[S, local vocabulary]."""
+    token_ids: torch.Tensor
+    """[S] int64, sampled with temperature and seed alone."""
+
+    def cut(self, shape: Shape) -> ModelOutput:
+        """Views of these tensors that hold a step of a smaller shape."""
+        n = shape.num_samples
+        return ModelOutput(self.hidden[: shape.num_tokens], self.logits[:n], self.token_ids[:n])
+
+    def copy_(self, other: ModelOutput) -> None:
+        for mine, its in ((self.hidden, other.hidden), (self.logits, other.logits), (self.token_ids, other.token_ids)):
+            mine.copy_(its)
 
 
-class DecodeGraphs:
-    """Replays `forward(token_lanes [B], positions [B]) → logits [B, V]` for decode rows. All graphs share memory.
+def graph_shapes(max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int) -> list[Shape]:
+    """Shapes of steps that only decode, and of steps with chunks, whose number and tokens are padded separately."""
+    decodes = _up_to(max_num_seqs, [1, 2, 4, 8, 16, 24, 32, 48, 64, 80, *range(96, max_num_seqs, 32)])
+    shapes = [Shape(n, n, 0, n, 0, max_model_len) for n in decodes]
+    tokens = _up_to(max_num_batched_tokens, [128, 256, 512, *(2**k * half for k in range(9, 30) for half in (2, 3))])
+    for num_tokens in tokens:
+        n = min(max_num_seqs, num_tokens)
+        shapes += [Shape(num_tokens, n, chunks, n, num_tokens, max_model_len) for chunks in _up_to(n, [16])]
+    return shapes
 
-    With no sizes (on a CPU, or `enforce_eager`) it holds nothing and never serves.
-    """
+
+def _up_to(limit: int, sizes: list[int]) -> list[int]:
+    return [size for size in sizes if size < limit] + [limit]
+
+
+class StepGraphs:
+    """The captured steps. With no shapes (on a CPU, or `enforce_eager`) it serves none."""
 
     def __init__(
         self,
-        forward: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        forward: Callable[[ModelInput], ModelOutput],
         lanes: Lanes,
-        sizes: list[int],
+        shapes: list[Shape],
         track: Track = untracked,
     ):
         self._lanes = lanes
-        self._sizes = sizes
-        if not sizes:
+        self._graphs: dict[Shape, tuple[torch.cuda.CUDAGraph, ModelOutput]] = {}
+        """The smallest shapes first."""
+        if not shapes:
             return
-        device = lanes.device.torch_device
-        self._inputs = torch.stack(
-            (torch.full((sizes[-1],), lanes.padding, device=device), torch.zeros(sizes[-1], dtype=int, device=device))
-        )
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
-        pool = None
-        for size in track(sizes[::-1], "capturing CUDA graphs"):
-            inputs = self._inputs[:, :size]
-            forward(*inputs)  # compiles kernels, and lets libraries allocate outside the graph
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool):
-                output = forward(*inputs)
-            pool = pool or graph.pool()
-            self._graphs[size] = graph, output
+        device = lanes.device
+        largest_first = sorted(shapes, key=lambda shape: (-shape.num_tokens, -shape.num_chunks))
+        size = max(sum(shape.sections) for shape in shapes)
+        self._packed = torch.empty(size, dtype=torch.int64, device=device.torch_device)
+        empty = np.empty(0, np.int64)
+        no_rows = Rows(lanes=empty, num_tokens=empty, starts=empty, samples=empty > 0, num_decodes=0)
+        pool = torch.cuda.graph_pool_handle()
+        stream = torch.cuda.Stream()
+        for shape in track(largest_first, "capturing CUDA graphs"):
+            self._packed[: sum(shape.sections)] = device.put(pack(no_rows, shape, lanes.padding))
+            with torch.cuda.stream(stream):
+                inputs = self._packed[: sum(shape.sections)]
+                output = forward(unpack(inputs, shape, lanes))  # compiles; libraries allocate outside the graph
+                if not self._graphs:  # the largest shape comes first: the others' results fit into its tensors
+                    shared = output
+                views = shared.cut(shape)
+                stream.synchronize()
+                graph = torch.cuda.CUDAGraph()
+                graph.capture_begin(pool)
+                views.copy_(forward(unpack(inputs, shape, lanes)))
+                graph.capture_end()
+            self._graphs[shape] = graph, views
+        self._graphs = dict(reversed(self._graphs.items()))
 
-    def serves(self, num_rows: int) -> bool:
-        return bool(self._sizes) and num_rows <= self._sizes[-1]
+    def find(self, own: Shape) -> Shape | None:
+        """The smallest captured shape that a step of these sizes can be padded to."""
+        for shape in self._graphs:
+            if (
+                (own.num_chunks > 0) == (shape.num_chunks > 0)
+                and own.num_tokens <= shape.num_tokens
+                and own.num_chunks <= shape.num_chunks
+            ):
+                return shape
+        return None
 
-    def __call__(self, lanes: np.ndarray, positions: np.ndarray) -> torch.Tensor:
-        """Logits [B, V] of decode rows; valid until the next call."""
-        num_rows = len(lanes)
-        size = self._sizes[bisect_left(self._sizes, num_rows)]
-        padded = np.zeros((2, size), np.int64)
-        padded[0] = self._lanes.padding
-        padded[0, :num_rows], padded[1, :num_rows] = lanes, positions
-        self._inputs[:, :size].copy_(self._lanes.device.put(padded))
-        graph, output = self._graphs[size]
+    def __call__(self, rows: Rows, shape: Shape) -> ModelOutput:
+        packed = self._lanes.device.put(pack(rows, shape, self._lanes.padding))
+        self._packed[: len(packed)].copy_(packed)
+        graph, output = self._graphs[shape]
         graph.replay()
-        return output[:num_rows]
+        return output

@@ -39,6 +39,9 @@ logger = logging.getLogger("rayllm")
 MAX_STEPS_IN_FLIGHT = 2
 """One that the shards execute, one that waits for them."""
 
+SHARD_STOP_TIMEOUT_S = 2.0
+"""Longest wait for shards that were told to stop; one that hangs is killed with the driver."""
+
 
 @dataclass(frozen=True)
 class EngineInfo:
@@ -70,6 +73,7 @@ class Driver:
         self.source = source
         self.incarnation = incarnation
         self._shards: list[Any] = []
+        self._shard_runs: list[ray.ObjectRef] = []
         self._clients: dict[int, Sender] = {}
         self._num_steps = 0
 
@@ -96,7 +100,7 @@ class Driver:
         host = local_host() if spans_nodes else None
         self._inbox: Receiver[DriverMessage] = Receiver(DriverMessage, host)
 
-        store = ray.get(self._shards[0].rendezvous.remote()) if len(self._shards) > 1 else None
+        store = ray.get(self._shards[0].open_store.remote()) if len(self._shards) > 1 else None
         num_blocks = min(ray.get([shard.load.remote(store) for shard in self._shards]))
         assert config.max_model_len is not None and config.max_num_batched_tokens is not None
         self.scheduler = Scheduler(
@@ -108,13 +112,15 @@ class Driver:
             enable_prefix_caching=config.enable_prefix_caching,
             incarnation=self.incarnation,
         )
-        addresses = ray.get([
-            shard.start.remote(num_blocks, shard_host if spans_nodes else None)
-            for shard, (_, shard_host) in zip(self._shards, places, strict=True)
-        ])
+        addresses = ray.get(
+            [
+                shard.start.remote(num_blocks, shard_host if spans_nodes else None)
+                for shard, (_, shard_host) in zip(self._shards, places, strict=True)
+            ]
+        )
         self._senders = [Sender(address) for address in addresses]
-        running = [shard.run.remote(self._inbox.address) for shard in self._shards]
-        threading.Thread(target=self._watch, args=(running,), daemon=True).start()
+        self._shard_runs = [shard.run.remote(self._inbox.address) for shard in self._shards]
+        threading.Thread(target=self._watch, daemon=True).start()
         return EngineInfo(self._inbox.address, spans_nodes, num_blocks)
 
     @ray.method(concurrency_group="control")
@@ -166,6 +172,19 @@ class Driver:
             for peer in (*self._senders, *self._clients.values()):
                 peer.close(linger_s=1)
             self._inbox.close()
+            if self._shard_runs:  # they clean up after themselves
+                ray.wait(self._shard_runs, num_returns=len(self._shard_runs), timeout=SHARD_STOP_TIMEOUT_S)
+
+    @ray.method(concurrency_group="control")
+    def stop(self) -> None:
+        """Ends `run`, and the shards' with it."""
+        self._tell(Stop())
+
+    def _tell(self, message: Stop | ShardFailed) -> None:
+        """Sends to the own inbox, from another thread."""
+        sender = Sender(self._inbox.address)
+        sender.send(message)
+        sender.close(linger_s=1)
 
     def _handle(self, message: DriverMessage) -> bool:
         """Takes one message in; False ends the engine."""
@@ -210,10 +229,10 @@ class Driver:
         for client, own in by_client.items():
             self._clients[client].send(Updates(self.incarnation, own))
 
-    def _watch(self, running: list[ray.ObjectRef]) -> None:
+    def _watch(self) -> None:
         """Tells the loop when a shard is gone: ZeroMQ would not."""
-        ended, _ = ray.wait(running, num_returns=1)
-        rank = running.index(ended[0])
+        ended, _ = ray.wait(self._shard_runs, num_returns=1)
+        rank = self._shard_runs.index(ended[0])
         try:
             ray.get(ended)
             reason = f"shard {rank} ended"
@@ -221,6 +240,4 @@ class Driver:
             reason = f"shard {rank} died"
         except ray.exceptions.RayError as error:
             reason = f"shard {rank}: {error.args[0] if error.args else error}".splitlines()[-1]
-        sender = Sender(self._inbox.address)
-        sender.send(ShardFailed(self.incarnation, reason))
-        sender.close(linger_s=1)
+        self._tell(ShardFailed(self.incarnation, reason))

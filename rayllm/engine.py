@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 import ray
+from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from tqdm import tqdm
 
@@ -20,6 +21,7 @@ from rayllm.shard import ShardStats
 logger = logging.getLogger("rayllm")
 
 PROGRESS_PERIOD_S = 0.2
+STOP_TIMEOUT_S = 5.0
 
 
 class Engine:
@@ -37,19 +39,20 @@ class Engine:
         if config.device != "auto":
             self._resolve(config, config.device)
         self._started_ray = placement.connect(address, min_cpus=config.tensor_parallel_size)
-        self._placement_group = None
+        self._placement_group: PlacementGroup | None = None
         self._driver: Any = None
+        self.ended: Any = None
+        """An object reference that resolves when the driver has stopped, and raises if it died."""
         try:
-            self.config = self._resolve(config, placement.choose_device(config.device))
+            device = placement.choose_device(config.device)
+            self.config = self._resolve(config, device)
             self._placement_group = placement.reserve(
-                config.tensor_parallel_size, self.config.device, config.placement_timeout_s, progress
+                config.tensor_parallel_size, device, config.placement_timeout_s, progress
             )
             self.info = self._start(progress)
         except BaseException:
             self.close()
             raise
-        self.ended: ray.ObjectRef = self._driver.run.remote()
-        """Resolves when the driver has stopped, and raises if it died."""
         self.startup_s = time.monotonic() - started
 
     def _resolve(self, config: EngineConfig, device: str) -> EngineConfig:
@@ -69,6 +72,7 @@ class Engine:
             raise self._cause(error) from None
         except ray.exceptions.RayActorError as error:
             raise EngineDeadError(f"the engine died while it started: {error}".splitlines()[0]) from None
+        self.ended = self._driver.run.remote()
         return info
 
     @staticmethod
@@ -105,6 +109,10 @@ class Engine:
 
     def close(self) -> None:
         """Frees everything: actors, resources, and Ray if this engine started it. May be called twice."""
+        if self.ended is not None:
+            self._driver.stop.remote()
+            ray.wait([self.ended], timeout=STOP_TIMEOUT_S)
+            self.ended = None
         if self._driver is not None:
             ray.kill(self._driver)  # shards are its own: Ray ends them with it
             self._driver = None
@@ -114,4 +122,3 @@ class Engine:
         if self._started_ray:
             ray.shutdown()
             self._started_ray = False
-

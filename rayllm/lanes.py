@@ -83,7 +83,7 @@ class Lanes:
         self._floats[rows] = put(np.array([_floats(p) for p in params], np.float32))
         self._scatter(self.token_ids, lanes, [start.token_ids for start in starts])
         self._scatter(self.block_tables, lanes, [start.block_table for start in starts])
-        if self.is_biased[lanes].any():
+        if self.is_biased[lanes].any() or self.bias_ids.shape[1]:  # lanes may hold those of sequences before
             self._set_biases(lanes, starts)
 
     def _scatter(self, table: torch.Tensor, lanes: np.ndarray, values: list[list[int]]) -> None:

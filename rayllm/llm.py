@@ -86,7 +86,8 @@ class LLM:
     ) -> list[dict[str, Any]]:
         async with asyncio.TaskGroup() as group:
             tasks = [
-                group.create_task(self._generate(prompt, own, rates)) for prompt, own in zip(prompts, params, strict=True)
+                group.create_task(self._generate(prompt, own, rates))
+                for prompt, own in zip(prompts, params, strict=True)
             ]
         return [task.result() for task in tasks]
 

@@ -1,4 +1,4 @@
-"""A step as the model takes it: the shard's lanes and the step's rows made into tensors."""
+"""A step as the model takes it: its rows packed on the host, one copy to the device, the rest gathered there."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rayllm.step import StepInput
 
 @dataclass(frozen=True)
 class Rows:
-    """A step's rows on the host: decode rows first, then chunks. All arrays are int64, [R]."""
+    """A step's rows on the host: decode rows first, then chunks. All arrays are [R]."""
 
     lanes: np.ndarray
     num_tokens: np.ndarray
@@ -47,9 +47,76 @@ def take_rows(step: StepInput, lanes: Lanes) -> Rows:
 
 
 @dataclass(frozen=True)
-class ModelInput:
-    """What the model's layers read. T tokens in R rows, the first `num_decodes` of one token each; P chunks."""
+class Shape:
+    """Sizes of a step, its own or those it is padded to: all that a CUDA graph fixes."""
 
+    num_tokens: int
+    num_decodes: int
+    num_chunks: int
+    num_samples: int
+    max_seqlen_q: int
+    """Of the chunks."""
+    max_kv_len: int
+
+    @classmethod
+    def of(cls, rows: Rows) -> Shape:
+        """The step's own sizes, without padding."""
+        n = rows.num_decodes
+        return cls(
+            num_tokens=int(rows.num_tokens.sum()),
+            num_decodes=n,
+            num_chunks=len(rows.lanes) - n,
+            num_samples=int(rows.samples.sum()),
+            max_seqlen_q=int(rows.num_tokens[n:].max(initial=0)),
+            max_kv_len=int(rows.kv_lens.max()),
+        )
+
+    @property
+    def sections(self) -> list[int]:
+        """Lengths of the arrays that `pack` joins."""
+        num_rows = self.num_decodes + self.num_chunks
+        return [
+            self.num_tokens,
+            self.num_tokens,
+            num_rows,
+            num_rows,
+            self.num_chunks + 1,
+            self.num_samples,
+            self.num_samples,
+        ]
+
+
+def pack(rows: Rows, shape: Shape, padding: int) -> np.ndarray:
+    """All that the host knows of a step, padded to `shape`, as one int64 array for `unpack`.
+
+    Padding tokens and samples belong to the lane `padding`, padding rows have no keys.
+    """
+    sections = np.zeros(sum(shape.sections), np.int64)
+    tokens, positions, row_lanes, kv_lens, cu_seqlens_q, sample_rows, sample_lanes = np.split(
+        sections, np.cumsum(shape.sections)[:-1]
+    )
+    tokens[:], row_lanes[:], sample_lanes[:] = padding, padding, padding
+    n, ends = rows.num_decodes, rows.ends
+    num_tokens, num_chunks, num_samples = int(rows.num_tokens.sum()), len(rows.lanes) - n, int(rows.samples.sum())
+    tokens[:num_tokens] = np.repeat(rows.lanes, rows.num_tokens)
+    first = rows.starts - ends + rows.num_tokens
+    positions[:num_tokens] = np.arange(num_tokens) + np.repeat(first, rows.num_tokens)
+    chunk_rows = slice(shape.num_decodes, shape.num_decodes + num_chunks)
+    for section, values in ((row_lanes, rows.lanes), (kv_lens, rows.kv_lens)):
+        section[:n], section[chunk_rows] = values[:n], values[n:]
+    cu_seqlens_q[:] = num_tokens
+    cu_seqlens_q[0] = n
+    cu_seqlens_q[1 : num_chunks + 1] = ends[n:]
+    sample_rows[:num_samples] = ends[rows.samples] - 1
+    sample_lanes[:num_samples] = rows.lanes[rows.samples]
+    return sections
+
+
+@dataclass(frozen=True)
+class ModelInput:
+    """What the model's layers and the sampler read: T tokens; D decode rows, then P chunks; S samples."""
+
+    shape: Shape
     token_ids: torch.Tensor
     """[T] int32."""
     positions: torch.Tensor
@@ -57,45 +124,32 @@ class ModelInput:
     slot_mapping: torch.Tensor
     """[T] int64: where in the KV cache each token's keys and values go."""
     block_tables: torch.Tensor
-    """[R, blocks of the longest row] int32."""
+    """[D + P, blocks of the longest row] int32."""
     kv_lens: torch.Tensor
-    """[R] int32: slots that the row's last token attends to, its own among them."""
+    """[D + P] int32: slots that the row's last token attends to, its own among them."""
     cu_seqlens_q: torch.Tensor
-    """[P + 1] int32: borders of the chunks' tokens, counted from the first chunk's first."""
-    num_decodes: int
-    max_seqlen_q: int
-    """Of the chunks."""
-    max_kv_len: int
-    has_context: bool
-    """Whether a chunk attends to tokens that came before it."""
+    """[P + 1] int32: where each chunk's tokens begin."""
+    sample_rows: torch.Tensor
+    """[S] int64: the tokens whose hidden states are sampled from."""
+    sample_lanes: torch.Tensor
+    """[S] int64."""
+    sample_positions: torch.Tensor
+    """[S] int64: where in their lanes the sampled tokens go."""
 
 
-def gather(lanes: Lanes, token_lanes: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and slots, [T] each, of the tokens at `positions` [T] of lanes `token_lanes` [T]."""
-    token_ids = lanes.token_ids[token_lanes, positions]
-    blocks = lanes.block_tables[token_lanes, positions // lanes.block_size].long()
-    return token_ids, blocks * lanes.block_size + positions % lanes.block_size
-
-
-def make_input(rows: Rows, lanes: Lanes) -> ModelInput:
-    """One copy to the device brings all that the host knows; the rest is gathered there."""
-    ends = rows.ends
-    token_lanes = np.repeat(rows.lanes, rows.num_tokens)
-    positions = np.arange(len(token_lanes)) + np.repeat(rows.starts - ends + rows.num_tokens, rows.num_tokens)
-    cu_seqlens_q = np.append(0, ends[rows.num_decodes :] - rows.num_decodes)
-    parts = (token_lanes, positions, rows.lanes, rows.kv_lens, cu_seqlens_q)
-    device_parts = lanes.device.put(np.concatenate(parts)).split([len(part) for part in parts])
-    max_kv_len = int(rows.kv_lens.max())
-    token_ids, slot_mapping = gather(lanes, device_parts[0], device_parts[1])
+def unpack(packed: torch.Tensor, shape: Shape, lanes: Lanes) -> ModelInput:
+    """The step's tensors, from `pack`'s array on the device and the lanes' state."""
+    tokens, positions, row_lanes, kv_lens, cu_seqlens_q, sample_rows, sample_lanes = packed.split(shape.sections)
+    blocks = lanes.block_tables[tokens, positions // lanes.block_size].long()
     return ModelInput(
-        token_ids=token_ids,
-        positions=device_parts[1],
-        slot_mapping=slot_mapping,
-        block_tables=lanes.block_tables[device_parts[2], : -(-max_kv_len // lanes.block_size)],
-        kv_lens=device_parts[3].int(),
-        cu_seqlens_q=device_parts[4].int(),
-        num_decodes=rows.num_decodes,
-        max_seqlen_q=int(rows.num_tokens[rows.num_decodes :].max(initial=0)),
-        max_kv_len=max_kv_len,
-        has_context=bool(rows.starts[rows.num_decodes :].any()),
+        shape=shape,
+        token_ids=lanes.token_ids[tokens, positions],
+        positions=positions,
+        slot_mapping=blocks * lanes.block_size + positions % lanes.block_size,
+        block_tables=lanes.block_tables[row_lanes, : -(-shape.max_kv_len // lanes.block_size)],
+        kv_lens=kv_lens.int(),
+        cu_seqlens_q=cu_seqlens_q.int(),
+        sample_rows=sample_rows,
+        sample_lanes=sample_lanes,
+        sample_positions=positions[sample_rows] + 1,
     )

@@ -10,10 +10,10 @@ from rayllm_kernels import decode_attention, prefill_attention, store_kv
 
 from rayllm import kv_cache
 from rayllm.config import EngineConfig
-from rayllm.cuda_graphs import DecodeGraphs, graph_sizes
+from rayllm.cuda_graphs import ModelOutput, StepGraphs, graph_shapes
 from rayllm.device import DTYPES, Device, HostCopies
 from rayllm.lanes import Lanes
-from rayllm.model_input import ModelInput, Rows, gather, make_input, take_rows
+from rayllm.model_input import ModelInput, Rows, Shape, pack, take_rows, unpack
 from rayllm.model_source import ModelSource
 from rayllm.models import build_model
 from rayllm.parallel import TensorParallel
@@ -41,7 +41,9 @@ class ModelRunner:
 
     def load(self, track: Track = untracked) -> int:
         """Fills the weights; returns the bytes read."""
-        return load_weights(self.model, self.source, self.tp, track)
+        bytes_read = load_weights(self.model, self.source, self.tp, track)
+        self.model.pack()
+        return bytes_read
 
     def count_blocks(self) -> int:
         """KV cache blocks that fit beside the weights and the largest step."""
@@ -55,69 +57,58 @@ class ModelRunner:
         self.cache = kv_cache.allocate(config, self.source.config, self.device, num_blocks)
         self.lanes = Lanes(config.max_num_seqs, config.max_model_len, config.block_size, num_blocks, self.device)
         self.sampler = Sampler(self.lanes, self.source.config.vocab_size, self.tp)
-        self.graphs = DecodeGraphs(self._decode, self.lanes, [])
+        self.graphs = StepGraphs(self._forward, self.lanes, [])
 
     @torch.inference_mode()
     def capture(self, track: Track = untracked) -> None:
-        """Captures the decode steps that the configuration wants as CUDA graphs."""
-        if self.device.is_cuda and not self.config.enforce_eager:
-            self.graphs = DecodeGraphs(self._decode, self.lanes, graph_sizes(self.config.max_num_seqs), track)
+        """Captures steps of all sizes as CUDA graphs, where there are such."""
+        config = self.config
+        assert config.max_num_batched_tokens is not None and config.max_model_len is not None
+        if self.device.is_cuda and not config.enforce_eager:
+            shapes = graph_shapes(config.max_num_seqs, config.max_num_batched_tokens, config.max_model_len)
+            self.graphs = StepGraphs(self._forward, self.lanes, shapes, track)
 
     @torch.inference_mode()
     def execute(self, step: StepInput) -> PendingOutput:
         """Computes `step`. On a GPU this returns when all is queued; `PendingOutput.wait` waits for the tokens."""
         self.lanes.apply(step)
         rows = take_rows(step, self.lanes)
-        hidden = None
-        if rows.num_decodes == len(rows.lanes) and self.graphs.serves(len(rows.lanes)):
-            logits = self.graphs(rows.lanes, rows.starts)
+        own = Shape.of(rows)
+        if shape := self.graphs.find(own):
+            output = self.graphs(rows, shape)
         else:
-            hidden = self._forward(make_input(rows, self.lanes))
-            logits = self.model.compute_logits(hidden[self.device.put(rows.ends[rows.samples] - 1)])
-        sampled_lanes = rows.lanes[rows.samples]
-        prompts = [] if hidden is None else self._prompt_logprobs(rows, hidden)
-        token_ids, logprobs = torch.empty(0, dtype=torch.int64), None
-        if len(sampled_lanes):
-            token_ids, logprobs = self.sampler(logits, sampled_lanes)
-        return PendingOutput(step, token_ids, logprobs, self.lanes.logprobs[sampled_lanes], prompts)
+            output = self._forward(unpack(self.device.put(pack(rows, own, self.lanes.padding)), own, self.lanes))
+        token_ids, logprobs = output.token_ids[: own.num_samples], None
+        lanes = rows.lanes[rows.samples]
+        if not self.sampler.is_plain(lanes):
+            places = self.device.put(np.stack((lanes, self.lanes.num_tokens[lanes] - 1)))
+            token_ids, logprobs = self.sampler.draw_processed(output.logits[: own.num_samples], lanes, *places)
+        prompts = self._prompt_logprobs(rows, output.hidden)
+        return PendingOutput(step, token_ids, logprobs, self.lanes.logprobs[lanes], prompts)
 
-    def _forward(self, inputs: ModelInput) -> torch.Tensor:
-        """Hidden states [T, H] of the step's tokens."""
-        n, tables, kv_lens = inputs.num_decodes, inputs.block_tables, inputs.kv_lens
+    def _forward(self, inputs: ModelInput) -> ModelOutput:
+        """The whole of a step's computation; a CUDA graph captures it as it is."""
+        shape, n = inputs.shape, inputs.shape.num_decodes
+        tables, kv_lens = inputs.block_tables, inputs.kv_lens
 
         def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             keys, values = self.cache[layer]
             store_kv(k, v, keys, values, inputs.slot_mapping)  # before attending: a block can be hit in this very step
-            parts = []
+            if shape.num_chunks:
+                chunks = (tables[n:], inputs.cu_seqlens_q, kv_lens[n:], shape.max_seqlen_q, shape.max_kv_len)
+                out = prefill_attention(q, keys, values, *chunks, self.scale)
             if n:
-                parts.append(
-                    decode_attention(q[:n], keys, values, tables[:n], kv_lens[:n], self.scale, inputs.max_kv_len)
-                )
-            if n < len(q):
-                chunks = (k[n:], v[n:], keys, values, tables[n:], inputs.cu_seqlens_q, kv_lens[n:])
-                lengths = (inputs.max_seqlen_q, inputs.max_kv_len)
-                parts.append(prefill_attention(q[n:], *chunks, *lengths, self.scale, inputs.has_context))
-            return parts[0] if len(parts) == 1 else torch.cat(parts)
+                decoded = decode_attention(q[:n], keys, values, tables[:n], kv_lens[:n], self.scale, shape.max_kv_len)
+                if not shape.num_chunks:
+                    return decoded
+                # padding rows among the decode rows stand where chunks have their first tokens
+                out[:n] = decoded.where((kv_lens[:n] > 0)[:, None, None], out[:n])
+            return out
 
-        return self.model(inputs.token_ids, inputs.positions, attend)
-
-    def _decode(self, token_lanes: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """What a CUDA graph captures: logits [B, V] of decode rows, all that varies read from the device."""
-        assert self.config.max_model_len is not None
-        token_ids, slot_mapping = gather(self.lanes, token_lanes, positions)
-        inputs = ModelInput(
-            token_ids=token_ids,
-            positions=positions,
-            slot_mapping=slot_mapping,
-            block_tables=self.lanes.block_tables[token_lanes],
-            kv_lens=(positions + 1).int(),
-            cu_seqlens_q=positions[:0].int(),
-            num_decodes=len(positions),
-            max_seqlen_q=0,
-            max_kv_len=self.config.max_model_len,
-            has_context=False,
-        )
-        return self.model.compute_logits(self._forward(inputs))
+        hidden = self.model(inputs.token_ids, inputs.positions, attend)
+        logits = self.model.compute_logits(hidden[inputs.sample_rows])
+        token_ids = self.sampler.draw(logits, inputs.sample_lanes, inputs.sample_positions)
+        return ModelOutput(hidden, logits, token_ids)
 
     def _prompt_logprobs(self, rows: Rows, hidden: torch.Tensor) -> list[tuple[int, int, LogprobTensors]]:
         """(chunk, first position, log-probabilities) of the prompt tokens that follow each chunk's tokens."""

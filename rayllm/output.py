@@ -111,6 +111,8 @@ class Choice:
         text, keep = self._held, 0
         if not is_last and self._stops:
             longest = min(len(text), max(map(len, self._stops)) - 1)
-            keep = next((k for k in range(longest, 0, -1) if text.endswith(tuple(s[:k] for s in self._stops if len(s) > k))), 0)
+            keep = next(
+                (k for k in range(longest, 0, -1) if text.endswith(tuple(s[:k] for s in self._stops if len(s) > k))), 0
+            )
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]

@@ -1,4 +1,4 @@
-"""The tensor-parallel group as the layers see it."""
+"""The tensor-parallel group: how ranks meet, and what the layers see of it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+
+from rayllm.device import Device
 
 
 @dataclass(frozen=True)
@@ -34,3 +36,18 @@ class TensorParallel:
         if self.size > 1:
             dist.broadcast(x, src=0)
         return x
+
+
+def open_store(host: str, size: int) -> dist.TCPStore:
+    """On rank 0: where `size` ranks meet, on a free port of `host`."""
+    return dist.TCPStore(host, 0, size, is_master=True, wait_for_workers=False)
+
+
+def join(rank: int, size: int, store: tuple[str, int] | None, device: Device) -> TensorParallel:
+    """Joins the process group at `store` (host and port); a group of one needs none."""
+    if store is not None:
+        # rank 0 is a client of its own store
+        client = dist.TCPStore(*store, size, is_master=False)
+        device_id = device.torch_device if device.is_cuda else None
+        dist.init_process_group(device.backend, store=client, rank=rank, world_size=size, device_id=device_id)
+    return TensorParallel(rank, size)

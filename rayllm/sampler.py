@@ -37,46 +37,50 @@ class Sampler:
         self.vocab_size = vocab_size
         self.tp = tp
 
-    def __call__(self, logits: torch.Tensor, lanes: np.ndarray) -> tuple[torch.Tensor, LogprobTensors | None]:
-        """`logits` [S, local vocabulary], `lanes` [S] → token ids [S] int64, and logprobs if any lane wants them.
+    def is_plain(self, lanes: np.ndarray) -> bool:
+        """Whether temperature and seed are all that these lanes ask for: then `draw` is enough."""
+        state = self.lanes
+        special = state.is_filtered[lanes] | state.is_penalized[lanes] | state.is_biased[lanes]
+        return not special.any() and state.logprobs[lanes].max(initial=-1) < 0
 
-        The tokens are also written into their lanes. On entry the host's lengths count them already.
+    def draw(self, logits: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Token ids [S] int64 from local `logits` [S, V / ranks], of lanes `rows` [S], written to `positions` [S].
+
+        Each rank draws from its slice of the vocabulary; the largest value of all wins, the lower id on ties.
         """
         state = self.lanes
-        lengths = state.num_tokens[lanes] - 1
-        rows, positions = state.device.put(np.stack((lanes, lengths)))
-        index = positions - state.prompt_lens[rows]
-        is_plain = not (state.is_filtered[lanes] | state.is_penalized[lanes] | state.is_biased[lanes]).any()
-        num_logprobs = int(state.logprobs[lanes].max())
-        temperature, seeds = state.temperature[rows], state.seeds[rows]
-        logprobs = None
-        if is_plain and num_logprobs < 0:
-            token_ids = self._sample_sharded(logits, temperature, seeds, index)
-        else:
-            raw = self.tp.all_gather(logits)[:, : self.vocab_size].float()
-            processed = raw
-            if state.is_biased[lanes].any():
-                processed = self._add_biases(processed, rows, index)
-            if state.is_penalized[lanes].any():
-                processed = self._penalize(processed, rows, positions, int(lengths.max()))
-            if state.is_filtered[lanes].any():
-                processed = _filter(processed, temperature, state.top_k[rows], state.top_p[rows], state.min_p[rows])
-            token_ids = self.tp.broadcast(sample_gumbel(processed, temperature, seeds, index)[1])
-            if num_logprobs >= 0:
-                logprobs = top_logprobs(raw, token_ids, num_logprobs)
-        state.token_ids[rows, positions] = token_ids.int()
-        return token_ids, logprobs
+        values, ids = sample_gumbel(
+            logits,
+            state.temperature[rows],
+            state.seeds[rows],
+            positions - state.prompt_lens[rows],
+            vocab_offset=self.tp.rank * logits.shape[1],
+        )
+        if self.tp.size > 1:
+            both = self.tp.all_gather(torch.stack((values.double(), ids.double()), dim=1))
+            values, candidates = both[:, 0::2], both[:, 1::2]
+            ids = candidates.masked_fill(values < values.amax(1, keepdim=True), torch.inf).amin(1).long()
+        state.token_ids[rows, positions] = ids.int()
+        return ids
 
-    def _sample_sharded(
-        self, logits: torch.Tensor, temperature: torch.Tensor, seeds: torch.Tensor, index: torch.Tensor
-    ) -> torch.Tensor:
-        """Each rank draws from its slice of the vocabulary; the largest value of all ranks wins, the lower id on ties."""
-        values, ids = sample_gumbel(logits, temperature, seeds, index, vocab_offset=self.tp.rank * logits.shape[1])
-        if self.tp.size == 1:
-            return ids
-        both = self.tp.all_gather(torch.stack((values.double(), ids.double()), dim=1))
-        values, ids = both[:, 0::2], both[:, 1::2]
-        return ids.masked_fill(values < values.amax(1, keepdim=True), torch.inf).amin(1).long()
+    def draw_processed(
+        self, logits: torch.Tensor, lanes: np.ndarray, rows: torch.Tensor, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, LogprobTensors | None]:
+        """As `draw`, with all that the lanes ask for; `lanes` are `rows` on the host. Gathers the whole logits."""
+        state = self.lanes
+        index, temperature = positions - state.prompt_lens[rows], state.temperature[rows]
+        raw = self.tp.all_gather(logits)[:, : self.vocab_size].float()
+        processed = raw
+        if state.is_biased[lanes].any():
+            processed = self._add_biases(processed, rows, index)
+        if state.is_penalized[lanes].any():
+            processed = self._penalize(processed, rows, positions, int(state.num_tokens[lanes].max()) - 1)
+        if state.is_filtered[lanes].any():
+            processed = _filter(processed, temperature, state.top_k[rows], state.top_p[rows], state.min_p[rows])
+        token_ids = self.tp.broadcast(sample_gumbel(processed, temperature, state.seeds[rows], index)[1])
+        state.token_ids[rows, positions] = token_ids.int()
+        num_logprobs = int(state.logprobs[lanes].max())
+        return token_ids, top_logprobs(raw, token_ids, num_logprobs) if num_logprobs >= 0 else None
 
     def _add_biases(self, logits: torch.Tensor, rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         state = self.lanes

@@ -48,6 +48,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
+        for field in msgspec.structs.fields(self):
+            try:
+                msgspec.convert(getattr(self, field.name), field.type)
+            except msgspec.ValidationError as error:
+                raise UsageError(f"{field.name}: {error}") from None
+
         def check(ok: bool, name: str, allowed: str) -> None:
             if not ok:
                 raise UsageError(f"{name} must be {allowed}, not {getattr(self, name)!r}")
@@ -73,9 +79,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         check(self.seed is None or -(2**63) <= self.seed < 2**63, "seed", "a 64-bit integer, or None")
         check(all(self.stop_strings), "stop", "one or more non-empty strings")
         bias = self.logit_bias or {}
-        check(
-            all(-100 <= v <= 100 for v in bias.values()), "logit_bias", "a map of token ids to values -100 to 100"
-        )
+        check(all(-100 <= v <= 100 for v in bias.values()), "logit_bias", "a map of token ids to values -100 to 100")
 
     @property
     def stop_strings(self) -> list[str]:

@@ -1,4 +1,7 @@
-"""A shard: one tensor-parallel rank, an actor that Ray placed. It executes the steps that the driver sends."""
+"""A shard: one tensor-parallel rank, an actor that Ray placed. It executes the steps that the driver sends.
+
+Torch is imported where it is used, in the shard's own process: whoever only starts shards does without.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +10,18 @@ import os
 import queue
 import threading
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import ray
-import torch.distributed as dist
 
 from rayllm.config import EngineConfig
-from rayllm.device import open_device
-from rayllm.model_runner import ModelRunner, PendingOutput
 from rayllm.model_source import ModelSource
-from rayllm.parallel import TensorParallel
 from rayllm.progress import Progress, Tracker
 from rayllm.step import ShardFailed, StepInput, Stop
 from rayllm.transport import Receiver, Sender, local_host
+
+if TYPE_CHECKING:
+    from rayllm.model_runner import PendingOutput
 
 logger = logging.getLogger("rayllm")
 
@@ -39,39 +42,38 @@ class Shard:
     def __init__(self, config: EngineConfig, source: ModelSource, rank: int, incarnation: int):
         self.config = config
         self.source = source
-        self.tp = TensorParallel(rank, config.tensor_parallel_size)
+        self.rank = rank
         self.incarnation = incarnation
         self.bytes_read = 0
         self._tracker = Tracker()
+        if config.device == "cpu":  # threads that spin while they wait starve the driver, which has the same cores
+            os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
     def place(self) -> tuple[str, str]:
         """The node that Ray chose, and its address."""
         return ray.get_runtime_context().get_node_id(), local_host()
 
-    def rendezvous(self) -> tuple[str, int]:
+    def open_store(self) -> tuple[str, int]:
         """On rank 0: opens the store where the ranks meet; returns its host and port."""
-        host = local_host()
-        self._store = dist.TCPStore(host, 0, self.tp.size, is_master=True, wait_for_workers=False)
-        return host, self._store.port
+        from rayllm import parallel
+
+        self._tracker.stage("importing torch")
+        self._store = parallel.open_store(local_host(), self.config.tensor_parallel_size)
+        return self._store.host, self._store.port
 
     def load(self, store: tuple[str, int] | None) -> int:
         """Joins the other ranks, loads the weights; returns how many KV cache blocks there is room for."""
+        self._tracker.stage("importing torch")
+        from rayllm import parallel
+        from rayllm.device import open_device
+        from rayllm.model_runner import ModelRunner
+
         config = self.config
         gpu_ids = [str(gpu) for gpu in ray.get_gpu_ids()]
-        self._tracker.stage("joining ranks")
         self.device = open_device(config.device, gpu_ids, config.tensor_parallel_size)
-        if store is not None:
-            if self.tp.rank:
-                self._store = dist.TCPStore(*store, self.tp.size, is_master=False)
-            device_id = self.device.torch_device if self.device.is_cuda else None
-            dist.init_process_group(
-                self.device.backend,
-                store=self._store,
-                rank=self.tp.rank,
-                world_size=self.tp.size,
-                device_id=device_id,
-            )
-        self.runner = ModelRunner(config, self.source, self.tp, self.device)
+        self._tracker.stage("joining ranks")
+        tp = parallel.join(self.rank, config.tensor_parallel_size, store, self.device)
+        self.runner = ModelRunner(config, self.source, tp, self.device)
         self.bytes_read = self.runner.load(self._tracker.track)
         self._tracker.stage("measuring memory")
         return self.runner.count_blocks()
@@ -107,7 +109,7 @@ class Shard:
                         return
                     if message.incarnation == self.incarnation:
                         pending = self.runner.execute(message)
-                        if self.tp.rank == 0:
+                        if self.rank == 0:
                             answers.put(pending)
         except Exception as error:
             self._report(driver_address, error)
@@ -128,9 +130,8 @@ class Shard:
             driver.close(linger_s=1)
 
     def _report(self, driver_address: str, error: Exception) -> None:
-        logger.exception("shard %d failed", self.tp.rank)
+        logger.exception("shard %d failed", self.rank)
         sender = Sender(driver_address)
-        reason = f"shard {self.tp.rank}: {type(error).__name__}: {error}".splitlines()[0]
+        reason = f"shard {self.rank}: {type(error).__name__}: {error}".splitlines()[0]
         sender.send(ShardFailed(self.incarnation, reason))
         sender.close(linger_s=1)
-

@@ -26,9 +26,9 @@ class Receiver(Generic[M]):
 
     def __init__(self, message_type: Any, host: str | None = None):
         self._decoder: msgspec.msgpack.Decoder[M] = msgspec.msgpack.Decoder(message_type)
-        self._socket = zmq.Context.instance().socket(zmq.PULL)
+        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PULL)
         self._socket.set_hwm(HIGH_WATER_MARK)
-        self._socket.linger = 0
+        self._socket.setsockopt(zmq.LINGER, 0)
         self._folder: str | None = None
         if host is None:
             self._folder = tempfile.mkdtemp(prefix="rayllm-", dir="/tmp")  # mode 0700; short: paths end at 107 bytes
@@ -66,9 +66,9 @@ class Sender:
 
     def __init__(self, address: str):
         self._encoder = msgspec.msgpack.Encoder()
-        self._socket = zmq.Context.instance().socket(zmq.PUSH)
+        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PUSH)
         self._socket.set_hwm(HIGH_WATER_MARK)
-        self._socket.linger = 0
+        self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.connect(address)
 
     def send(self, message: msgspec.Struct) -> None:

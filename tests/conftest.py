@@ -41,9 +41,7 @@ def ray_cluster() -> Iterator[str]:
     """A Ray cluster of `NUM_CPUS` CPUs, of which this process is part; its address."""
     import ray
 
-    context = ray.init(
-        "local", num_cpus=NUM_CPUS, include_dashboard=False, log_to_driver=False, logging_level="ERROR"
-    )
+    context = ray.init("local", num_cpus=NUM_CPUS, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield context.address_info["gcs_address"]
     ray.shutdown()
 

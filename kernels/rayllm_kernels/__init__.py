@@ -3,6 +3,7 @@ FlashAttention-4, where it is installed), plain torch elsewhere. `<op>_reference
 
 from rayllm_kernels.activation import silu_and_mul
 from rayllm_kernels.decode_attention import decode_attention
+from rayllm_kernels.linear import linear, pack_weight
 from rayllm_kernels.norm import rms_norm
 from rayllm_kernels.prefill_attention import prefill_attention, prefill_backend
 from rayllm_kernels.rope import apply_rope
@@ -13,6 +14,8 @@ __all__ = [
     "apply_rope",
     "decode_attention",
     "gumbel_noise",
+    "linear",
+    "pack_weight",
     "prefill_attention",
     "prefill_backend",
     "rms_norm",

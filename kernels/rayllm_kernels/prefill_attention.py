@@ -1,4 +1,4 @@
-"""Causal attention of prompt chunks of several sequences, with or without keys from earlier steps."""
+"""Causal attention of prompt chunks of several sequences over the KV cache."""
 
 # mypy: allow-untyped-defs
 from __future__ import annotations
@@ -15,8 +15,6 @@ _LOG2_E = 1.4426950408889634  # the kernel uses powers of two, which the GPU com
 
 def prefill_attention_reference(
     q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     block_tables: torch.Tensor,
@@ -25,7 +23,6 @@ def prefill_attention_reference(
     max_seqlen_q: int,
     max_kv_len: int,
     scale: float,
-    has_context: bool,
 ) -> torch.Tensor:
     """See `prefill_attention`. One call of torch's SDPA per sequence."""
     block_size = k_cache.shape[1]
@@ -34,12 +31,11 @@ def prefill_attention_reference(
     for row, (start, end, kv_len) in enumerate(zip(starts[:-1], starts[1:], kv_lens.tolist(), strict=True)):
         if start == end:
             continue
-        keys, values, mask = k[start:end], v[start:end], None
-        if has_context:
-            blocks = block_tables[row, : -(-kv_len // block_size)]
-            keys, values = (cache[blocks].flatten(0, 1)[:kv_len] for cache in (k_cache, v_cache))
-            mask = torch.ones(end - start, kv_len, dtype=torch.bool, device=q.device)
-            mask = mask.tril_(kv_len - (end - start))
+        blocks = block_tables[row, : -(-kv_len // block_size)]
+        keys, values = (cache[blocks].flatten(0, 1)[:kv_len] for cache in (k_cache, v_cache))
+        context, mask = kv_len - (end - start), None
+        if context:
+            mask = torch.ones(end - start, kv_len, dtype=torch.bool, device=q.device).tril_(context)
         # SDPA takes [batch, heads, tokens, D].
         query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (q[start:end], keys, values))
         attended = F.scaled_dot_product_attention(
@@ -68,7 +64,6 @@ def _attend(
     HEAD_DIM_PADDED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     TILE_N: tl.constexpr,
-    IN_CACHE: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """One online-softmax pass of a query tile over keys start … end; MASKED where the tile's diagonal or the
@@ -76,10 +71,8 @@ def _attend(
     dim = tl.arange(0, HEAD_DIM_PADDED)[None, :]
     for tile in range(start, end, TILE_N):
         position = tile + tl.arange(0, TILE_N)
-        token = position.to(tl.int64)
-        if IN_CACHE:
-            block = tl.load(block_table + position // BLOCK_SIZE, mask=position < end, other=0).to(tl.int64)
-            token = block * BLOCK_SIZE + position % BLOCK_SIZE
+        block = tl.load(block_table + position // BLOCK_SIZE, mask=position < end, other=0).to(tl.int64)
+        token = block * BLOCK_SIZE + position % BLOCK_SIZE
         mask = dim < HEAD_DIM
         if MASKED:
             mask = mask & (position < end)[:, None]
@@ -122,16 +115,15 @@ def _prefill_kernel(
     BLOCK_SIZE: tl.constexpr,
     TILE_M: tl.constexpr,
     TILE_N: tl.constexpr,
-    IN_CACHE: tl.constexpr,
 ):
-    """One tile of one chunk's queries, one head. k and v are the caches (IN_CACHE) or the chunks' own."""
+    """One tile of one chunk's queries, one head. k and v are the caches, [slots, Hkv, D]."""
     head, chunk = tl.program_id(0), tl.program_id(1)
     tile = tl.num_programs(2) - 1 - tl.program_id(2)  # the last queries have the most keys: start them first
     chunk_start = tl.load(cu_seqlens_q + chunk).to(tl.int64)
     query_len = (tl.load(cu_seqlens_q + chunk + 1) - chunk_start).to(tl.int32)
     if tile * TILE_M >= query_len:
         return
-    kv_len = tl.load(kv_lens + chunk) if IN_CACHE else query_len
+    kv_len = tl.load(kv_lens + chunk)
 
     row = tile * TILE_M + tl.arange(0, TILE_M)
     dim = tl.arange(0, HEAD_DIM_PADDED)
@@ -140,9 +132,6 @@ def _prefill_kernel(
     query = tl.load(q, mask=mask, other=0.0)
     k += head // GROUP * k_stride_head
     v += head // GROUP * v_stride_head
-    if not IN_CACHE:
-        k += chunk_start * k_stride_token
-        v += chunk_start * v_stride_token
     block_table = block_tables + chunk.to(tl.int64) * table_stride
 
     # Keys before `diagonal` are seen by every query of the tile; rows past the chunk's end see the last key.
@@ -155,11 +144,11 @@ def _prefill_kernel(
     acc = tl.zeros((TILE_M, HEAD_DIM_PADDED), tl.float32)
     acc, maximum, total = _attend(
         query, query_position, acc, maximum, total, 0, diagonal, k, v, k_stride_token, v_stride_token,
-        block_table, log2_scale, HEAD_DIM, HEAD_DIM_PADDED, BLOCK_SIZE, TILE_N, IN_CACHE, MASKED=False,
+        block_table, log2_scale, HEAD_DIM, HEAD_DIM_PADDED, BLOCK_SIZE, TILE_N, MASKED=False,
     )  # fmt: skip
     acc, maximum, total = _attend(
         query, query_position, acc, maximum, total, diagonal, end, k, v, k_stride_token, v_stride_token,
-        block_table, log2_scale, HEAD_DIM, HEAD_DIM_PADDED, BLOCK_SIZE, TILE_N, IN_CACHE, MASKED=True,
+        block_table, log2_scale, HEAD_DIM, HEAD_DIM_PADDED, BLOCK_SIZE, TILE_N, MASKED=True,
     )  # fmt: skip
     acc = acc / total[:, None]
     out += ((chunk_start + row)[:, None] * HEADS + head) * HEAD_DIM + dim[None, :]
@@ -168,8 +157,6 @@ def _prefill_kernel(
 
 def _prefill_attention_triton(
     q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     block_tables: torch.Tensor,
@@ -178,15 +165,13 @@ def _prefill_attention_triton(
     max_seqlen_q: int,
     max_kv_len: int,
     scale: float,
-    has_context: bool,
 ) -> torch.Tensor:
     tokens, heads, head_dim = q.shape
     block_size, kv_heads = k_cache.shape[1:3]
     out = torch.empty(tokens, heads, head_dim, dtype=q.dtype, device=q.device)
     if tokens == 0:
         return out
-    if has_context:
-        k, v = k_cache.flatten(0, 1), v_cache.flatten(0, 1)
+    k, v = k_cache.flatten(0, 1), v_cache.flatten(0, 1)
     if q.dtype == torch.float32:  # no tensor cores: large tiles spill
         tile_m, tile_n, num_stages = 32, 16, 1
     else:
@@ -211,7 +196,6 @@ def _prefill_attention_triton(
         BLOCK_SIZE=block_size,
         TILE_M=tile_m,
         TILE_N=tile_n,
-        IN_CACHE=has_context,
         num_warps=8,
         num_stages=num_stages,
     )
@@ -238,8 +222,6 @@ def _flash_attn_4_refusal(dtype: torch.dtype, head_dim: int) -> str | None:
 
 def _prefill_attention_flash(
     q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     block_tables: torch.Tensor,
@@ -248,24 +230,20 @@ def _prefill_attention_flash(
     max_seqlen_q: int,
     max_kv_len: int,
     scale: float,
-    has_context: bool,
 ) -> torch.Tensor:
     from flash_attn.cute import flash_attn_varlen_func
 
-    if has_context:
-        k, v = k_cache, v_cache
-        keys = {"page_table": block_tables, "seqused_k": kv_lens, "max_seqlen_k": max_kv_len}
-    else:
-        keys = {"cu_seqlens_k": cu_seqlens_q, "max_seqlen_k": max_seqlen_q}
     out, _ = flash_attn_varlen_func(
         q,
-        k,
-        v,
+        k_cache,
+        v_cache,
         cu_seqlens_q=cu_seqlens_q,
+        seqused_k=kv_lens,
+        page_table=block_tables,
         max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_kv_len,
         softmax_scale=scale,
         causal=True,
-        **keys,
     )
     return out
 
@@ -280,8 +258,6 @@ def prefill_backend(dtype: torch.dtype, head_dim: int = 128) -> str:
 
 def prefill_attention(
     q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     block_tables: torch.Tensor,
@@ -290,18 +266,18 @@ def prefill_attention(
     max_seqlen_q: int,
     max_kv_len: int,
     scale: float,
-    has_context: bool,
 ) -> torch.Tensor:
-    """Attention of P chunks, packed one after the other: query i of chunk p sees its sequence's keys
+    """Attention of P chunks, one after the other: query i of chunk p sees its sequence's keys
     0 … kv_lens[p] − qlen_p + i. The chunks' own keys are already stored in the cache.
 
-    q: [T, Hq, D]. k, v: [T, Hkv, D], the chunks' own; all contiguous along D. k_cache, v_cache: [num_blocks,
-    block_size, Hkv, D], contiguous; unused slots must be finite (zeros will do: FlashAttention-4 multiplies
-    them by a weight of 0). block_tables: [P, max_blocks] int32, anything past a sequence's end. cu_seqlens_q:
-    [P + 1] int32, where each chunk starts. kv_lens: [P] int32, keys of each sequence including its chunk.
-    max_seqlen_q, max_kv_len: upper bounds, known to the host, of the chunks' lengths and of `kv_lens`.
-    has_context: some sequence has keys before its chunk; without, the cache is not read.
-    Returns [T, Hq, D] in q's dtype.
+    q: [T, Hq, D], contiguous along D. k_cache, v_cache: [num_blocks, block_size, Hkv, D], contiguous; unused slots
+    must be finite (zeros will do: FlashAttention-4 multiplies them by a weight of 0). block_tables: [P, max_blocks]
+    int32, anything past a sequence's end. cu_seqlens_q: [P + 1] int32, where each chunk starts, and where the last
+    ends. kv_lens: [P] int32, keys of each sequence including its chunk. max_seqlen_q, max_kv_len: upper bounds,
+    known to the host, of the chunks' lengths and of `kv_lens`.
+    Returns [T, Hq, D] in q's dtype; rows before the first chunk and after the last are left undefined.
+
+    On CUDA the launch depends on shapes and host numbers alone, so that a graph can capture it.
     """
     if not q.is_cuda:
         op = prefill_attention_reference
@@ -309,17 +285,4 @@ def prefill_attention(
         op = _prefill_attention_flash
     else:
         op = _prefill_attention_triton
-    return op(
-        q,
-        k,
-        v,
-        k_cache,
-        v_cache,
-        block_tables,
-        cu_seqlens_q,
-        kv_lens,
-        max_seqlen_q,
-        max_kv_len,
-        scale,
-        has_context,
-    )
+    return op(q, k_cache, v_cache, block_tables, cu_seqlens_q, kv_lens, max_seqlen_q, max_kv_len, scale)

@@ -6,8 +6,7 @@ from __future__ import annotations
 import torch
 
 from rayllm_kernels._triton import jit, tl, triton
-from rayllm_kernels.norm import rms_norm_reference
-
+from rayllm_kernels.norm import rms_norm
 
 Norms = tuple[torch.Tensor, torch.Tensor, float]
 
@@ -22,7 +21,7 @@ def apply_rope_reference(
     """See `apply_rope`; leaves its inputs as they are."""
     if norms is not None:
         q_weight, k_weight, eps = norms
-        q, k = rms_norm_reference(q, q_weight, eps), rms_norm_reference(k, k_weight, eps)
+        q, k = rms_norm(q, q_weight, eps), rms_norm(k, k_weight, eps)
     cos, sin = cos_sin_cache[positions].unsqueeze(1).chunk(2, dim=-1)
     x = torch.cat((q, k), dim=1).float()
     rotated = x * torch.cat((cos, cos), dim=-1)
@@ -32,7 +31,19 @@ def apply_rope_reference(
 
 
 @jit
-def _rotate(x, weight, heads, stride_head, cos, sin, eps, HALF: tl.constexpr, HEADS_PADDED: tl.constexpr, half, NORM: tl.constexpr):
+def _rotate(
+    x,
+    weight,
+    heads,
+    stride_head,
+    cos,
+    sin,
+    eps,
+    HALF: tl.constexpr,
+    HEADS_PADDED: tl.constexpr,
+    half,
+    NORM: tl.constexpr,
+):
     head = tl.arange(0, HEADS_PADDED)[:, None]
     mask = (head < heads) & (half < HALF)
     x += head * stride_head + half

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
+from rayllm_kernels import linear, pack_weight
 from torch import nn
 
 from rayllm.layers.slices import WeightSlice, empty_parameter
@@ -27,6 +28,7 @@ class VocabParallelEmbedding(nn.Module):
         self.num_valid = min(max(vocab_size - self.start, 0), num_local)
         self.weight = empty_parameter(num_local, hidden_size, dtype=dtype)
         self.weight[self.num_valid :].zero_()
+        self.packed: torch.Tensor | None = None
 
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
         """token_ids [T] int64 → [T, hidden_size], on every rank."""
@@ -39,10 +41,14 @@ class VocabParallelEmbedding(nn.Module):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [S, hidden_size] → this rank's logits [S, n], −inf where the vocabulary is padded."""
-        logits = F.linear(hidden, self.weight)
+        logits = linear(hidden, self.weight if self.packed is None else self.packed)
         if self.num_valid < logits.shape[-1]:
             logits[..., self.num_valid :] = float("-inf")
         return logits
+
+    def pack(self) -> None:
+        """Makes the loaded head ready for speed; the embedding reads the plain rows."""
+        self.packed = pack_weight(self.weight)
 
     def weight_slices(self, name: str) -> Iterator[WeightSlice]:
         if self.num_valid:

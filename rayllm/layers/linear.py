@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 import torch
-import torch.nn.functional as F
+from rayllm_kernels import linear, pack_weight
 from torch import nn
 
 from rayllm.layers.slices import Split, WeightSlice, empty_parameter
@@ -27,7 +27,11 @@ class ColumnParallelLinear(nn.Module):
         self.bias = empty_parameter(out_features, dtype=dtype) if bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
+
+    def pack(self) -> None:
+        """Makes the loaded weight ready for speed; it cannot be loaded again."""
+        self.weight = nn.Parameter(pack_weight(self.weight), requires_grad=False)
 
     def weight_slices(self, prefix: str) -> Iterator[WeightSlice]:
         row = 0
@@ -62,7 +66,11 @@ class RowParallelLinear(nn.Module):
         self.bias = empty_parameter(out_features, dtype=dtype) if bias and tp.rank == 0 else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.tp.all_reduce(F.linear(x, self.weight, self.bias))
+        return self.tp.all_reduce(linear(x, self.weight, self.bias))
+
+    def pack(self) -> None:
+        """Makes the loaded weight ready for speed; it cannot be loaded again."""
+        self.weight = nn.Parameter(pack_weight(self.weight), requires_grad=False)
 
     def weight_slices(self, prefix: str) -> Iterator[WeightSlice]:
         shape = (self.weight.shape[0], self.inputs.total)

@@ -152,6 +152,13 @@ class Decoder(nn.Module):
         """hidden [S, hidden_size] → this rank's logits [S, padded_vocab_size / ranks] in the model's dtype."""
         return self.lm_head.logits(hidden)
 
+    def pack(self) -> None:
+        """To be called when all weights are loaded."""
+        for module in self.modules():
+            if isinstance(module, ColumnParallelLinear | RowParallelLinear):
+                module.pack()
+        self.lm_head.pack()
+
     def weight_slices(self) -> Iterator[WeightSlice]:
         """Every parameter of this rank, and what it takes from a Hugging Face checkpoint."""
         yield from self.embed_tokens.weight_slices("model.embed_tokens.weight")

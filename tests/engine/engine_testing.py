@@ -13,6 +13,12 @@ import transformers
 from rayllm import LLM, SamplingParams
 from rayllm.driver import EngineStats
 
+SMOLLM2 = {"max_model_len": 320, "block_size": 16, "max_num_seqs": 16, "max_num_batched_tokens": 64}
+WHOLE = {"max_model_len": 128, "block_size": 8, "max_num_seqs": 16, "max_num_batched_tokens": 1024}
+# 34 blocks hold one sequence of 128 tokens, but not many of the 7 that may run; a chunk is what 8 tokens a step leave
+TIGHT = WHOLE | {"block_size": 4, "num_gpu_blocks_override": 34, "max_num_seqs": 7, "max_num_batched_tokens": 8}
+"""What engines are most often made with, so that tests share them."""
+
 NEAR_TIE = 1e-4
 """Logits closer than this may change order with the order of summation."""
 

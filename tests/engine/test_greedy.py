@@ -6,7 +6,7 @@ import random
 from typing import Any
 
 import pytest
-from engine_testing import greedy, stats_of, tokens_of
+from engine_testing import SMOLLM2, TIGHT, WHOLE, greedy, stats_of, tokens_of
 
 TEXTS = [
     "A",
@@ -37,12 +37,7 @@ CHATS = [
     "How do I boil an egg?",
 ]
 PROMPTS = [*TEXTS, *([{"role": "user", "content": text}] for text in CHATS)]
-SMOLLM2 = {"max_model_len": 320, "block_size": 16, "max_num_seqs": 16, "max_num_batched_tokens": 64}
-
-WHOLE = {"max_model_len": 128, "block_size": 8, "max_num_seqs": 16, "max_num_batched_tokens": 1024}
 UNCACHED = WHOLE | {"enable_prefix_caching": False}
-# 34 blocks hold one sequence of 128 tokens, but not many of the 7 that may run; a chunk is what 8 tokens a step leave
-TIGHT = WHOLE | {"block_size": 4, "num_gpu_blocks_override": 34, "max_num_seqs": 7, "max_num_batched_tokens": 8}
 LENGTH = 40
 
 

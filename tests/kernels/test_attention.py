@@ -38,16 +38,11 @@ class Batch:
         max_kv_len = max_kv_len or int(self.kv_lens.max())
         return self.q, self.k_cache, self.v_cache, self.block_tables, self.kv_lens, self.scale, max_kv_len
 
-    def prefill_args(self) -> tuple:
-        k, v = (
-            torch.cat([x[len(x) - n :] for x, n in zip(of, self.query_lens, strict=True)])
-            for of in (self.keys, self.values)
-        )
-        starts = torch.tensor([0, *self.query_lens]).cumsum(0).to(self.q.device, torch.int32)
-        has_context = self.kv_lens.tolist() != self.query_lens
+    def prefill_args(self, first: int = 0) -> tuple:
+        """`first`: of the chunks' tokens, when others are before them."""
+        starts = torch.tensor([first, *self.query_lens]).cumsum(0).to(self.q.device, torch.int32)
         longest = max(self.query_lens), int(self.kv_lens.max())
-        cached = self.k_cache, self.v_cache, self.block_tables
-        return self.q, k, v, *cached, starts, self.kv_lens, *longest, self.scale, has_context
+        return self.q, self.k_cache, self.v_cache, self.block_tables, starts, self.kv_lens, *longest, self.scale
 
 
 def make_batch(
@@ -117,7 +112,6 @@ def test_prefill_reference_is_causal_softmax_attention(has_context: bool) -> Non
     query_lens = [13, 1, 0, 20]
     kv_lens = [29, 17, 0, 20] if has_context else query_lens
     batch = make_batch(kv_lens, query_lens, heads=(6, 2), head_dim=24, block_size=4)
-    assert batch.prefill_args()[-1] == has_context
     assert_close(prefill_attention(*batch.prefill_args()), naive_attention(batch))
 
 
@@ -167,6 +161,20 @@ def test_prefill_triton(
     with poisoned():
         out = _prefill_attention_triton(*args)
     assert_close(out, prefill_attention_reference(*args))
+
+
+def test_prefill_among_other_tokens(device: torch.device) -> None:
+    """Decode rows come before the chunks, padding after them; neither is touched."""
+    batch = make_batch([40, 9], [21, 9], device=device)
+    expected = prefill_attention_reference(*batch.prefill_args())
+    batch.q = torch.nn.functional.pad(batch.q, (0, 0, 0, 0, 3, 5))
+    with poisoned():
+        out = _prefill_attention_triton(*batch.prefill_args(first=3))
+        reference = prefill_attention_reference(*batch.prefill_args(first=3))
+    for result in (out, reference):
+        assert_close(result[3:-5], expected)
+        assert result[:3].isnan().all()
+        assert result[-5:].isnan().all()
 
 
 def test_prefill_backend_says_what_runs() -> None:

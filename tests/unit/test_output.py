@@ -77,7 +77,9 @@ def expected_end(texts: list[str], stops: list[str], min_tokens: int) -> tuple[i
 def test_any_split_gives_the_same(tokenizer: RayllmTokenizer, data: st.DataObject):
     eos = tokenizer.vocab_size - 1
     token_ids = data.draw(st.lists(st.integers(0, eos - 1), min_size=1, max_size=12), "tokens")
-    stops = data.draw(st.lists(st.sampled_from(["a", "b", "ab", "ba", "abab", "aab", "c a", "é", "b😀", "zz"]), max_size=3))
+    stops = data.draw(
+        st.lists(st.sampled_from(["a", "b", "ab", "ba", "abab", "aab", "c a", "é", "b😀", "zz"]), max_size=3)
+    )
     end = data.draw(st.sampled_from(["length", "eos", "stop token"]), "end")
     is_included = data.draw(st.booleans(), "include_stop_str_in_output")
     if end == "eos":

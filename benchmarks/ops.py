@@ -1,6 +1,6 @@
 """Speed of the attention and sampling kernels on one GPU: one JSON line per measurement.
 
-    python benchmarks/kernels.py
+    python benchmarks/ops.py
 
 bfloat16, 16 query heads, 8 KV heads, head dimension 128, as in Qwen3-0.6B. Each figure is the median over replays
 of a CUDA graph that holds several calls (prefill: over calls, since FlashAttention-4 allocates as it goes). Where
@@ -94,7 +94,7 @@ def bench_prefill(sequences: int, query_len: int, context: int) -> None:
     starts = torch.arange(sequences + 1, dtype=torch.int32, device="cuda") * query_len
     kv_lens = torch.full((sequences,), kv_len, dtype=torch.int32, device="cuda")
     cache = paged_cache([kv_len] * sequences, block_size)
-    args = (q, k, v, *cache, starts, kv_lens, query_len, kv_len, SCALE, context > 0)
+    args = (q, *cache, starts, kv_lens, query_len, kv_len, SCALE)
     query, key, value = (x.view(sequences, query_len, -1, HEAD_DIM).transpose(1, 2) for x in (q, k, v))
 
     runs: dict[str, Callable[[], object]] = {"triton": lambda: _prefill_attention_triton(*args)}
@@ -121,7 +121,7 @@ def bench_sampling(rows: int, temperature: float) -> None:
 
 def main() -> None:
     if not torch.cuda.is_available():
-        raise SystemExit("benchmarks/kernels.py measures GPU kernels; this machine has no GPU that torch can use")
+        raise SystemExit("benchmarks/ops.py measures GPU kernels; this machine has no GPU that torch can use")
     print(json.dumps({"gpu": torch.cuda.get_device_name(), "prefill": prefill_backend(DTYPE, HEAD_DIM)}))
     rng = random.Random(0)
     for block_size in (128, 64, 16):
