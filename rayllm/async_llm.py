@@ -12,6 +12,7 @@ from typing import Any
 from rayllm.config import EngineConfig
 from rayllm.engine import Engine
 from rayllm.errors import EngineDeadError, UsageError
+from rayllm.model_source import resolve_model
 from rayllm.output import Choice, Increment
 from rayllm.sampling_params import SamplingParams
 from rayllm.step import Abort, AddClient, AddSequence, ClientMessage, EngineDied
@@ -50,22 +51,16 @@ class AsyncLLM:
 
     def __init__(self, model: str, *, address: str | None = None, progress: bool = True, **arguments: Any):
         config = EngineConfig.of(model=model, **arguments)
-        self.engine = Engine(config, address, progress)
-        self.config = self.engine.config
-        try:
-            self._open()
-        except BaseException:
-            self.engine.close()
-            raise
-
-    def _open(self) -> None:
-        info, source = self.engine.info, self.engine.source
+        source = resolve_model(config.model, config.load_format, progress=progress)
         self.vocab_size = source.config.vocab_size
         self.tokenizer: Tokenizer | None = None
-        if not self.config.skip_tokenizer_init:
-            if (path := self.config.tokenizer or source.tokenizer_path) is None:
+        if not config.skip_tokenizer_init:
+            if (path := config.tokenizer or source.tokenizer_path) is None:
                 raise UsageError(f"{source.path} has no tokenizer: name one with tokenizer, or set skip_tokenizer_init")
             self.tokenizer = Tokenizer.from_source(path)
+        self.engine = Engine(config, source, address, progress)
+        self.config = self.engine.config
+        info = self.engine.info
         self._inbox: Receiver[ClientMessage] = Receiver(ClientMessage, local_host() if info.spans_nodes else None)
         self._driver = Sender(info.address)
         self._driver.send(AddClient(CLIENT, self._inbox.address))

@@ -15,7 +15,7 @@ from rayllm import placement
 from rayllm.config import EngineConfig
 from rayllm.driver import Driver, EngineInfo, EngineStats
 from rayllm.errors import EngineDeadError, UsageError
-from rayllm.model_source import resolve_model
+from rayllm.model_source import ModelSource
 from rayllm.shard import ShardStats
 
 logger = logging.getLogger("rayllm")
@@ -31,11 +31,11 @@ class Engine:
     `EngineDeadError` when a process fails on the way.
     """
 
-    def __init__(self, config: EngineConfig, address: str | None = None, progress: bool = True):
+    def __init__(self, config: EngineConfig, source: ModelSource, address: str | None = None, progress: bool = True):
         """`address`: of a Ray cluster; None uses the one this process is in, or else starts Ray here."""
         started = time.monotonic()
-        self.source = resolve_model(config.model, config.load_format, progress=progress)
-        self.source.config.check_tensor_parallel(config.tensor_parallel_size)
+        self.source = source
+        source.config.check_tensor_parallel(config.tensor_parallel_size)
         if config.device != "auto":
             self._resolve(config, config.device)
         self._started_ray = placement.connect(address, min_cpus=config.tensor_parallel_size)

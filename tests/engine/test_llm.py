@@ -204,13 +204,14 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     ("{empty}", {}, "has no config.json"),
     ("{gpt2}", {}, "unsupported architecture"),
     ("{llama}", {"max_modellen": 5}, "did you mean max_model_len?"),
-    ("{llama}", {"tensor_parallel_size": 3}, "cannot split 4 query heads"),
+    ("{llama}", {"tensor_parallel_size": 3, "skip_tokenizer_init": True}, "cannot split 4 query heads"),
     ("{llama}", {"tensor_parallel_size": "2"}, "tensor_parallel_size must be int"),
-    ("{llama}", {"max_model_len": 257, "device": "cpu"}, "at most 256 for this model"),
+    ("{llama}", {"max_model_len": 257, "device": "cpu", "skip_tokenizer_init": True}, "at most 256 for this model"),
     ("{llama}", {"max_num_seqs": 9, "max_num_batched_tokens": 8}, "at least max_num_seqs (9)"),
-    ("{llama}", {"address": "127.0.0.1:1"}, "127.0.0.1:1"),
-    ("{llama}", {"address": "ray://127.0.0.1:1"}, "ray://"),
-    ("{llama}", {"device": "cpu"}, "no tokenizer: name one with tokenizer, or set skip_tokenizer_init"),
+    ("{llama}", {"address": "127.0.0.1:1", "skip_tokenizer_init": True}, "no Ray cluster answers at"),
+    ("{llama}", {"address": "ray://127.0.0.1:1", "skip_tokenizer_init": True}, "ray://"),
+    ("{llama}", {}, "no tokenizer: name one with tokenizer, or set skip_tokenizer_init"),
+    ("{llama}", {"tokenizer": "/dev"}, "no tokenizer at '/dev'"),
 ]
 SCRIPT = """
 import json, sys, time

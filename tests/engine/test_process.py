@@ -1,0 +1,241 @@
+"""The engine's processes: one step ahead, killed, frozen, interrupted; and what they leave behind: nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engine_testing import TIGHT, WHOLE, eventually, greedy, is_alive, pids_of, stats_of, tokens_of
+
+from rayllm import LLM, EngineDeadError, SamplingParams
+
+ARGUMENTS: dict[str, Any] = WHOLE | {"device": "cpu", "skip_tokenizer_init": True, "progress": False}
+
+
+@pytest.mark.parametrize("tensor_parallel_size", [1, 2])
+def test_the_next_step_is_sent_before_the_last_is_answered(engines, reference, rng, tensor_parallel_size: int):
+    """With a shard frozen amid decoding, two steps are in flight; both count when it thaws."""
+    llm = engines("llama", tensor_parallel_size, **WHOLE)
+    prompt = [rng.randrange(199) for _ in range(9)]
+    stream = llm.stream(prompt, greedy(100))
+    output = [token_id for _ in range(3) for token_id in next(stream).token_ids]
+    frozen = rng.choice(pids_of(llm)[1:])
+    os.kill(frozen, signal.SIGSTOP)
+    try:
+        eventually(lambda: stats_of(llm).num_in_flight == 2, seconds=10, what="two steps in flight")
+        num_steps = stats_of(llm).num_steps
+        time.sleep(0.3)
+        stats = stats_of(llm)
+        assert (stats.num_in_flight, stats.num_steps) == (2, num_steps)
+        assert num_steps < 99, "it was frozen amid decoding"
+    finally:
+        os.kill(frozen, signal.SIGCONT)
+    output += [token_id for increment in stream for token_id in increment.token_ids]
+    reference("llama").check_greedy([prompt], [output], 100)
+
+
+@pytest.fixture
+def own_engine(engine_pool, model_paths) -> Iterator[Callable[..., LLM]]:
+    """Starts an engine for this test alone."""
+    started: list[LLM] = []
+
+    def start(tensor_parallel_size: int) -> LLM:
+        engine_pool.make_room(tensor_parallel_size)
+        started.append(LLM(str(model_paths["llama"]), tensor_parallel_size=tensor_parallel_size, **ARGUMENTS))
+        return started[-1]
+
+    yield start
+    for llm in started:
+        llm.close()
+
+
+def kill_shard(llm: LLM) -> str:
+    os.kill(pids_of(llm)[-1], signal.SIGKILL)
+    return "shard 1 died"
+
+
+def kill_driver(llm: LLM) -> str:
+    os.kill(pids_of(llm)[0], signal.SIGKILL)
+    return "driver died"
+
+
+@pytest.mark.parametrize("kill", [kill_shard, kill_driver])
+def test_a_killed_process_fails_all_requests(own_engine, rng, kill: Callable[[LLM], str]):
+    llm = own_engine(2)
+    pids = pids_of(llm)
+    streams = [llm.stream([rng.randrange(199)], greedy(None)) for _ in range(3)]
+    for stream in streams:
+        next(stream)
+    message = kill(llm)
+    start = time.monotonic()
+    for stream in streams:
+        with pytest.raises(EngineDeadError, match=message) as failure:
+            list(stream)
+        assert "\n" not in str(failure.value)
+    with pytest.raises(EngineDeadError, match=message):
+        llm.generate([[1]], use_tqdm=False)
+    assert time.monotonic() - start < 10
+    llm.close()
+    eventually(lambda: not any(map(is_alive, pids)), seconds=10, what="the processes' end")
+
+
+def ipc_folders() -> set[Path]:
+    return set(Path("/tmp").glob("rayllm-*"))
+
+
+def test_close_leaves_nothing(engine_pool, own_engine, capfd):
+    before = ipc_folders()
+    with own_engine(2) as llm:
+        pids = pids_of(llm)
+        waiting = llm.stream([1], greedy(None))
+        next(waiting)
+        assert all(map(is_alive, pids))
+    with pytest.raises(EngineDeadError, match="closed"):
+        list(waiting)
+    with pytest.raises(EngineDeadError, match="closed"):
+        llm.generate([[1]], use_tqdm=False)
+    llm.close()  # again
+    eventually(lambda: not any(map(is_alive, pids)), seconds=5, what="the processes' end")
+    assert ipc_folders() <= before
+    assert not any(
+        thread.name == "rayllm" for thread in threading.enumerate() if thread not in known_threads(engine_pool)
+    )
+    assert capfd.readouterr().err == ""
+
+
+def known_threads(engine_pool) -> list[threading.Thread]:
+    return [llm._thread for llm in engine_pool._engines.values()]
+
+
+def test_an_exception_closes(own_engine):
+    with pytest.raises(ZeroDivisionError), own_engine(1) as llm:
+        pids = pids_of(llm)
+        next(llm.stream([1], greedy(None)))
+        _ = 1 / 0
+    eventually(lambda: not any(map(is_alive, pids)), seconds=5, what="the processes' end")
+
+
+def test_two_engines_at_once(engines, own_engine, reference, rng):
+    """Of different models, in one process and on one host."""
+    first, second = engines("qwen2", 2, **TIGHT), own_engine(2)
+    prompts = [[rng.randrange(199) for _ in range(rng.randint(1, 60))] for _ in range(12)]
+    outputs: dict[str, list[list[int]]] = {}
+
+    def work(name: str, llm: LLM) -> None:
+        outputs[name] = tokens_of(llm.generate(prompts, greedy(40), use_tqdm=False))
+
+    threads = [threading.Thread(target=work, args=args) for args in (("qwen2", first), ("llama", second))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    for name, output in outputs.items():
+        reference(name).check_greedy(prompts, output, 40)
+    assert len(outputs) == 2
+
+
+# Other processes that own an engine
+
+SCRIPT = """
+import json, sys
+from rayllm import LLM, SamplingParams
+model, arguments = json.loads(sys.argv[1])
+sys.path.append("tests/engine")
+from engine_testing import pids_of, stats_of
+
+def say(**what):
+    print(json.dumps(what), flush=True)
+
+FOREVER = SamplingParams(max_tokens=None, ignore_eos=True, n=4)
+
+def generate_for_ever(llm):
+    while True:
+        llm.generate([[1, 2, 3]] * 4, FOREVER, use_tqdm=False)
+"""
+INTERRUPTED = (
+    SCRIPT
+    + """
+with LLM(model, **arguments) as llm:
+    say(pids=pids_of(llm))
+    try:
+        generate_for_ever(llm)
+    except KeyboardInterrupt:
+        tokens = llm.generate([[1]], SamplingParams(max_tokens=3), use_tqdm=False)[0]["token_ids"]
+        say(tokens=len(tokens), running=stats_of(llm).num_running)
+    raise RuntimeError("on purpose")
+"""
+)
+OWNER = (
+    SCRIPT
+    + """
+llm = LLM(model, **arguments)
+say(pids=pids_of(llm))
+generate_for_ever(llm)
+"""
+)
+
+
+@pytest.fixture
+def start_script(model_paths) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Runs a script in a process group of its own, as a terminal would; `arguments` are its engine's."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(script: str, **arguments: Any) -> subprocess.Popen[str]:
+        given = json.dumps([str(model_paths["llama"]), ARGUMENTS | arguments])
+        process = subprocess.Popen(
+            [sys.executable, "-c", script, given],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            process_group=0,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def told(process: subprocess.Popen[str]) -> dict[str, Any]:
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    assert line, process.communicate()[1]
+    answer: dict[str, Any] = json.loads(line)
+    return answer
+
+
+def test_ctrl_c(start_script):
+    """It reaches the whole process group, Ray's processes among them; only the requests end."""
+    script = start_script(INTERRUPTED, tensor_parallel_size=2)
+    pids = told(script)["pids"]
+    time.sleep(1)
+    os.killpg(script.pid, signal.SIGINT)
+    assert told(script) == {"tokens": 3, "running": 0}
+    _, errors = script.communicate(timeout=30)
+    assert script.returncode == 1
+    assert "on purpose" in errors
+    assert "Exception ignored" not in errors
+    eventually(lambda: not any(map(is_alive, pids)), seconds=5, what="the processes' end")
+
+
+@pytest.mark.parametrize("is_own_ray", [True, False], ids=["own", "shared"])
+def test_a_killed_owner_takes_all_with_it(engine_pool, ray_cluster, start_script, is_own_ray: bool):
+    """With Ray of its own, and as one of the users of a cluster."""
+    engine_pool.make_room(2)
+    script = start_script(OWNER, tensor_parallel_size=2, address=None if is_own_ray else ray_cluster)
+    pids = told(script)["pids"]
+    time.sleep(0.5)
+    assert all(map(is_alive, pids))
+    script.kill()
+    eventually(lambda: not any(map(is_alive, pids)), seconds=10, what="the processes' end")
