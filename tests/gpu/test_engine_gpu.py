@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -83,8 +86,9 @@ def generate(folder: str, prompts: list[list[int]], **arguments: object) -> list
     params = SamplingParams(temperature=0, max_tokens=OUTPUT_LEN, ignore_eos=True)
     with LLM(folder, skip_tokenizer_init=True, gpu_memory_utilization=0.5, progress=False, **arguments) as llm:
         results = llm.generate(prompts, params, use_tqdm=False)
-        again = llm.generate(prompts[:4], params, use_tqdm=False)
-        assert [r["token_ids"] for r in again] == [r["token_ids"] for r in results[:4]]
+        if arguments["dtype"] == "float32":  # cached and in another batch
+            again = llm.generate(prompts[:4], params, use_tqdm=False)
+            assert [r["token_ids"] for r in again] == [r["token_ids"] for r in results[:4]]
     return [result["token_ids"] for result in results]
 
 
@@ -112,12 +116,21 @@ def test_float32_equals_transformers(
     assert outputs == float32_reference
 
 
+@pytest.fixture(params=["flash_attn_4", "triton"])
+def prefill_op(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """With FlashAttention-4 as it is installed, and with one that cannot be imported in its place."""
+    if request.param == "triton":
+        (tmp_path / "flash_attn.py").write_text("raise ImportError('hidden by a test')")
+        path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
+        monkeypatch.setenv("PYTHONPATH", path)  # of the shards: they inherit it from the Ray that LLM starts
+    elif find_spec("flash_attn") is None:
+        pytest.skip("FlashAttention-4 is not installed")
+    return request.param
+
+
 @pytest.mark.parametrize("tensor_parallel_size", [1, 2])
 def test_bfloat16_agrees_with_transformers(
-    model_folder: str,
-    prompts: list[list[int]],
-    tensor_parallel_size: int,
-    record_property: pytest.RecordProperty,
+    model_folder: str, prompts: list[list[int]], tensor_parallel_size: int, prefill_op: str
 ) -> None:
     """bfloat16 has near-ties, after which two right answers part: most tokens before that must agree."""
     if torch.cuda.device_count() < tensor_parallel_size:
@@ -129,7 +142,6 @@ def test_bfloat16_agrees_with_transformers(
         for x, y in zip(outputs, expected, strict=True)
     ]
     share = sum(agreed) / (len(prompts) * OUTPUT_LEN)
-    print(f"greedy agreement in bfloat16, TP {tensor_parallel_size}: {share:.1%} of tokens before the first difference")
-    record_property("greedy_agreement", share)
+    print(f"bfloat16, {prefill_op}, TP {tensor_parallel_size}: {share:.1%} of tokens before the first difference")
     assert agreed.count(0) <= 2
     assert share > 0.3

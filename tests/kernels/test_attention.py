@@ -261,3 +261,30 @@ def test_decode_in_a_cuda_graph_follows_its_inputs() -> None:
         out.fill_(torch.nan)
         graph.replay()
         assert_close(out, decode_attention_reference(*args))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_prefill_in_a_cuda_graph_is_padded(dtype: torch.dtype) -> None:
+    """A graph is captured for more tokens and chunks than the step has; what is left over costs nothing but time."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    query_lens, kv_lens, first = [200, 1, 77], [900, 130, 77], 5
+    shapes = ((16, 8), 128, 128, dtype, torch.device("cuda"))
+    batch = make_batch(kv_lens, query_lens, *shapes, unused=0, garbage=0)
+    expected = prefill_attention_reference(*batch.prefill_args())
+    padding = torch.nn.functional.pad
+    q = padding(batch.q, (0, 0, 0, 0, first, 512 - first - sum(query_lens)))
+    tables = torch.zeros(16, 4096 // 128, dtype=torch.int32, device="cuda")
+    tables[:3, : batch.block_tables.shape[1]] = batch.block_tables
+    ends = torch.tensor([first, *query_lens]).cumsum(0)
+    starts = padding(ends, (0, 13), value=int(ends[-1])).to("cuda", torch.int32)
+    lengths = padding(batch.kv_lens, (0, 13))
+    args = (q, batch.k_cache, batch.v_cache, tables, starts, lengths, 512, 4096, batch.scale)
+    prefill_attention(*args)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = prefill_attention(*args)
+    out.fill_(torch.nan)
+    graph.replay()
+    assert_close(out[first : first + sum(query_lens)], expected)
