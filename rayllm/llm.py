@@ -6,13 +6,13 @@ import asyncio
 import threading
 import time
 import weakref
-from collections.abc import Awaitable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from tqdm import tqdm
 
 from rayllm.async_llm import AsyncLLM, Prompt
-from rayllm.errors import UsageError
+from rayllm.errors import EngineDeadError, UsageError
 from rayllm.output import Increment
 from rayllm.sampling_params import SamplingParams
 from rayllm.step import Logprobs
@@ -70,16 +70,17 @@ class LLM:
             )
         token_ids = [self.async_llm.prepare(p, s) for p, s in zip(prompt_list, sampling_params, strict=True)]
         with _Rates(len(prompt_list), use_tqdm) as rates:
-            return self._run(self._generate_all(token_ids, sampling_params, rates))
+            return self._run(lambda: self._generate_all(token_ids, sampling_params, rates))
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Increment]:
         """`AsyncLLM.generate` as an ordinary iterator; leaving it early aborts the request."""
         increments = self.async_llm.generate(prompt, params)
         try:
-            while (increment := self._run(anext(increments, None))) is not None:
+            while (increment := self._run(lambda: anext(increments, None))) is not None:
                 yield increment
         finally:
-            self._run(increments.aclose())
+            if not self._loop.is_closed():
+                self._run(increments.aclose)
 
     async def _generate_all(
         self, prompts: list[list[int]], params: Sequence[SamplingParams], rates: _Rates
@@ -111,12 +112,14 @@ class LLM:
         rates.finished()
         return choices[0] | ({"choices": choices} if params.n > 1 else {})
 
-    def _run(self, work: Awaitable[T]) -> T:
+    def _run(self, work: Callable[[], Awaitable[T]]) -> T:
         """Runs it on the engine's loop; cancels it, so that its requests are aborted, if this thread is interrupted."""
 
         async def run() -> T:
-            return await work
+            return await work()
 
+        if self._loop.is_closed():
+            raise EngineDeadError("the engine was closed")
         future = asyncio.run_coroutine_threadsafe(run(), self._loop)
         try:
             return future.result()

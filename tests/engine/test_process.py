@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 from engine_testing import TIGHT, WHOLE, eventually, greedy, is_alive, pids_of, stats_of, tokens_of
 
-from rayllm import LLM, EngineDeadError, SamplingParams
+from rayllm import LLM, EngineDeadError
 
 ARGUMENTS: dict[str, Any] = WHOLE | {"device": "cpu", "skip_tokenizer_init": True, "progress": False}
 
@@ -92,8 +93,12 @@ def ipc_folders() -> set[Path]:
     return set(Path("/tmp").glob("rayllm-*"))
 
 
-def test_close_leaves_nothing(engine_pool, own_engine, capfd):
-    before = ipc_folders()
+def engine_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "rayllm"]
+
+
+def test_close_leaves_nothing(own_engine, capfd):
+    before = ipc_folders(), engine_threads()
     with own_engine(2) as llm:
         pids = pids_of(llm)
         waiting = llm.stream([1], greedy(None))
@@ -105,22 +110,30 @@ def test_close_leaves_nothing(engine_pool, own_engine, capfd):
         llm.generate([[1]], use_tqdm=False)
     llm.close()  # again
     eventually(lambda: not any(map(is_alive, pids)), seconds=5, what="the processes' end")
-    assert ipc_folders() <= before
-    assert not any(
-        thread.name == "rayllm" for thread in threading.enumerate() if thread not in known_threads(engine_pool)
-    )
+    assert (ipc_folders(), engine_threads()) == before
     assert capfd.readouterr().err == ""
 
 
-def known_threads(engine_pool) -> list[threading.Thread]:
-    return [llm._thread for llm in engine_pool._engines.values()]
-
-
 def test_an_exception_closes(own_engine):
-    with pytest.raises(ZeroDivisionError), own_engine(1) as llm:
-        pids = pids_of(llm)
-        next(llm.stream([1], greedy(None)))
-        _ = 1 / 0
+    def use() -> None:
+        with own_engine(1) as llm:
+            pids.extend(pids_of(llm))
+            next(llm.stream([1], greedy(None)))
+            raise KeyError
+
+    pids: list[int] = []
+    with pytest.raises(KeyError):
+        use()
+    eventually(lambda: not any(map(is_alive, pids)), seconds=5, what="the processes' end")
+
+
+def test_the_end_of_the_object_closes(model_paths, engine_pool):
+    engine_pool.make_room(1)
+    llm = LLM(str(model_paths["llama"]), **ARGUMENTS)
+    pids = pids_of(llm)
+    llm.generate([[1]], greedy(2), use_tqdm=False)
+    del llm
+    gc.collect()
     eventually(lambda: not any(map(is_alive, pids)), seconds=5, what="the processes' end")
 
 

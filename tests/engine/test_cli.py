@@ -1,0 +1,160 @@
+"""`rayllm generate` and `rayllm chat`, as a user runs them."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import re
+import select
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+
+import pytest
+
+from rayllm.cli import main
+from rayllm.tokenizer import Tokenizer
+
+RAYLLM = [sys.executable, "-m", "rayllm.cli"]
+ENGINE = ["--device", "cpu", "--max-model-len", "256", "--block-size", "16", "--max-num-seqs", "4"]
+EOS = 2
+QUESTION = "What is gravity? Answer in one sentence."
+
+
+def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line on stderr with which the command fails, exit code 2."""
+    try:
+        code = main(list(arguments))
+    except SystemExit as end:
+        code = end.code
+    out, err = capsys.readouterr()
+    assert code == 2
+    assert out == ""
+    assert err.startswith("Error: ")
+    assert err.count("\n") == 1
+    return err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "nowhere.gguf", "--prompt", "a"], "no file nowhere.gguf"),
+        (["chat", "no/such/folder"], "no model at 'no/such/folder'"),
+        (["generate", "m", "--prompt", "a", "--temperature", "-1"], "temperature must be 0 to 100, not -1.0"),
+        (["generate", "m", "--prompt", "a", "--max-num-seqs", "0"], "max_num_seqs must be at least 1"),
+        (["generate", "m", "--prompt", "a", "--max-num-seqs", "many"], "invalid int value: 'many'"),
+        (["generate", "m", "--prompt", "a", "--dtype", "int3"], "invalid choice: 'int3'"),
+        (["generate", "m", "--prompt", "a", "--tensor-paralel-size", "2"], "--tensor-paralel-size"),
+        (["generate", "m", "--prompt", "a", "--skip-tokenizer-init"], "skip_tokenizer_init"),
+        (["generate"], "required: model"),
+        ([], "required: COMMAND"),
+        (["serf"], "'serf'"),
+    ],
+)
+def test_errors(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str):
+    assert message in error_of(capsys, *arguments)
+
+
+def test_too_many_shards(capsys: pytest.CaptureFixture[str], smollm2: Path):
+    error = error_of(capsys, "generate", str(smollm2), "--prompt", "a", "--tensor-parallel-size", "2")
+    assert "cannot split 9 query heads" in error
+    assert "use one of 1, 3" in error
+
+
+def test_help(capsys: pytest.CaptureFixture[str]):
+    for command in ([], ["generate"], ["chat"]):
+        with pytest.raises(SystemExit) as end:
+            main([*command, "--help"])
+        assert end.value.code == 0
+        assert "usage: rayllm" in capsys.readouterr().out
+
+
+def test_generate(engine_pool, ray_cluster: str, smollm2: Path, reference):
+    """A question on the command line, and raw text through a pipe; nothing but the answer goes to stdout."""
+    engine_pool.make_room(1)
+    command = [*RAYLLM, "generate", str(smollm2), *ENGINE, "--address", ray_cluster, "--max-tokens", "20"]
+    asked = subprocess.run([*command, "--prompt", QUESTION], capture_output=True, text=True, timeout=120)
+    piped = subprocess.run(
+        [*command, "--raw", "--stop", "city"], input="Once upon a time", capture_output=True, text=True, timeout=120
+    )
+    tokenizer = Tokenizer.from_source(smollm2)
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": QUESTION}])
+    raw = tokenizer.encode("Once upon a time")
+    for result, prompt in ((asked, chat), (piped, raw)):
+        assert result.returncode == 0, result.stderr
+        assert "Traceback" not in result.stderr
+        text = tokenizer.decode(reference("smollm2").greedy([prompt], 20)[0])
+        assert ("city" in text) == (prompt is raw), "what the model is known to say"
+        assert result.stdout.startswith(text.partition("city")[0] + "\n\n")
+        summary = rf"\n\n{len(prompt)} prompt tokens, \d+ output tokens, \d+ ms to the first token, [\d.]+ tokens/s\n$"
+        assert re.search(summary, result.stdout)
+    assert ", 20 output tokens," in asked.stdout
+
+
+class Terminal:
+    """A command in a terminal of its own, where Ctrl-C reaches all that it started."""
+
+    def __init__(self, command: list[str]):
+        self._master, slave = pty.openpty()
+        self.process = subprocess.Popen(
+            command,
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        )
+        os.close(slave)
+        self._output = b""
+
+    def type(self, text: str) -> None:
+        os.write(self._master, text.encode())
+
+    def read_until(self, end: str, timeout_s: float = 60) -> str:
+        """What is shown up to and with `end`."""
+        deadline = time.monotonic() + timeout_s
+        while end.encode() not in self._output:
+            ready, _, _ = select.select([self._master], [], [], max(0, deadline - time.monotonic()))
+            assert ready, f"waited {timeout_s} s for {end!r} after {self._output.decode()}"
+            self._output += os.read(self._master, 4096)
+        shown, _, self._output = self._output.partition(end.encode())
+        return (shown + end.encode()).decode().replace("\r\n", "\n")
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self._master)
+
+
+def test_chat(smollm2: Path, reference):
+    """Turns that build on each other; Ctrl-C stops an answer but not the chat; Ctrl-D ends it."""
+    command = [*RAYLLM, "chat", str(smollm2), "--device", "cpu", "--max-model-len", "1024", "--max-tokens", "600"]
+    terminal = Terminal([*command, "--system", "You are brief."])
+    tokenizer = Tokenizer.from_source(smollm2)
+    messages = [{"role": "system", "content": "You are brief."}]
+    try:
+        terminal.read_until("Ctrl-C stops an answer, Ctrl-D ends the chat.\r\n> ")
+        for text in ("Hi!", "What is the capital of France?"):
+            messages.append({"role": "user", "content": text})
+            [output] = reference("smollm2").greedy([tokenizer.apply_chat_template(messages)], 12)
+            terminal.type(text + "\n")
+            terminal.read_until(text + "\r\n")
+            answer = terminal.read_until("\r\n\r\n> ").removesuffix("\n\n> ")
+            assert answer.startswith(tokenizer.decode(output[: output.index(EOS)] if EOS in output else output))
+            messages.append({"role": "assistant", "content": answer})
+        terminal.type("Write a long story about a dragon.\n")
+        terminal.read_until("dragon.\r\n")
+        terminal.read_until(" ")
+        terminal.type("\x03")
+        assert len(terminal.read_until(" [stopped]\r\n\r\n> ")) < 1000
+        terminal.type("\x03")
+        terminal.read_until("> ")
+        terminal.type("Bye!\n")
+        assert len(terminal.read_until("\r\n\r\n> ")) > len("^CBye!\n\n\n> ")
+        terminal.type("\x04")
+        assert terminal.process.wait(20) == 0
+    finally:
+        terminal.close()
