@@ -51,6 +51,8 @@ class EngineInfo:
     """Of the driver's inbox."""
     spans_nodes: bool
     num_blocks: int
+    prefill_backend: str
+    """What prefill attention runs on, and why if that is not the fastest there is."""
 
 
 @dataclass(frozen=True)
@@ -112,16 +114,16 @@ class Driver:
             enable_prefix_caching=config.enable_prefix_caching,
             incarnation=self.incarnation,
         )
-        addresses = ray.get(
+        ready = ray.get(
             [
                 shard.start.remote(num_blocks, shard_host if spans_nodes else None)
                 for shard, (_, shard_host) in zip(self._shards, places, strict=True)
             ]
         )
-        self._senders = [Sender(address) for address in addresses]
+        self._senders = [Sender(address) for address, _ in ready]
         self._shard_runs = [shard.run.remote(self._inbox.address) for shard in self._shards]
         threading.Thread(target=self._watch, daemon=True).start()
-        return EngineInfo(self._inbox.address, spans_nodes, num_blocks)
+        return EngineInfo(self._inbox.address, spans_nodes, num_blocks, prefill_backend=ready[0][1])
 
     @ray.method(concurrency_group="control")
     def progress(self) -> Progress:

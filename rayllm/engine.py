@@ -72,6 +72,8 @@ class Engine:
             raise self._cause(error) from None
         except ray.exceptions.RayActorError as error:
             raise EngineDeadError(f"the engine died while it started: {error}".splitlines()[0]) from None
+        if self.config.device == "cuda" and ":" in info.prefill_backend:
+            logger.warning("prefill attention runs on %s", info.prefill_backend)
         self.ended = self._driver.run.remote()
         return info
 

@@ -6,7 +6,7 @@ import gc
 
 import numpy as np
 import torch
-from rayllm_kernels import decode_attention, prefill_attention, store_kv
+from rayllm_kernels import decode_attention, prefill_attention, prefill_backend, store_kv
 
 from rayllm import kv_cache
 from rayllm.config import EngineConfig
@@ -38,6 +38,7 @@ class ModelRunner:
         self.device = device
         self.model = build_model(source.config, tp, device.torch_device, DTYPES[config.dtype], config.max_model_len)
         self.scale = source.config.head_dim**-0.5
+        self.prefill_backend = prefill_backend(DTYPES[config.dtype], source.config.head_dim)
 
     def load(self, track: Track = untracked) -> int:
         """Fills the weights; returns the bytes read."""

@@ -78,15 +78,16 @@ class Shard:
         self._tracker.stage("measuring memory")
         return self.runner.count_blocks()
 
-    def start(self, num_blocks: int, host: str | None) -> str:
-        """Makes the KV cache and captures graphs; returns the address that steps are to be sent to.
+    def start(self, num_blocks: int, host: str | None) -> tuple[str, str]:
+        """Makes the KV cache and captures graphs; returns the address that steps are to be sent to, and what prefill
+        attention runs on, with the reason if that is not the fastest there is.
 
         `host` None: the driver is on this node.
         """
         self.runner.allocate(num_blocks)
         self.runner.capture(self._tracker.track)
         self._inbox: Receiver[StepInput | Stop] = Receiver(StepInput | Stop, host)
-        return self._inbox.address
+        return self._inbox.address, self.runner.prefill_backend
 
     @ray.method(concurrency_group="control")
     def progress(self) -> Progress:

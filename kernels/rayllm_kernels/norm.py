@@ -6,7 +6,6 @@ from __future__ import annotations
 from typing import overload
 
 import torch
-import torch.nn.functional as F
 
 from rayllm_kernels._triton import jit, tl, triton
 
@@ -14,11 +13,13 @@ from rayllm_kernels._triton import jit, tl, triton
 def rms_norm_reference(
     x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """See `rms_norm`."""
-    if residual is None:
-        return F.rms_norm(x, weight.shape, weight, eps)
-    residual = x + residual
-    return F.rms_norm(residual, weight.shape, weight, eps), residual
+    """See `rms_norm`. On a CPU several times as fast as torch's own, which takes the mean in one thread."""
+    x = x if residual is None else x + residual
+    value = x.float()
+    norm = torch.linalg.vector_norm(value, dim=-1, keepdim=True)
+    scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    normalised = (value * scale).mul_(weight).to(x.dtype)
+    return normalised if residual is None else (normalised, x)
 
 
 @jit(do_not_specialize=["rows"])  # it changes every step

@@ -32,7 +32,7 @@ class Reference:
             path.parent if is_file else path, gguf_file=path.name if is_file else None, dtype=torch.float32
         ).eval()
         self.model.generation_config.eos_token_id = None
-        self._known: dict[tuple[tuple[int, ...], int], list[int]] = {}
+        self._known: dict[tuple[int, ...], list[int]] = {}
 
     @torch.no_grad()
     def logits(self, token_ids: list[int]) -> torch.Tensor:
@@ -44,18 +44,16 @@ class Reference:
 
     def greedy(self, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
         """`generate(do_sample=False)`; every answer is computed once."""
-        new = [p for p in dict.fromkeys(map(tuple, prompts)) if (p, max_tokens) not in self._known]
-        new.sort(key=len)  # to pad little
-        for batch in (new[i : i + 8] for i in range(0, len(new), 8)):
-            longest = max(map(len, batch))
-            padded = torch.tensor([[0] * (longest - len(p)) + list(p) for p in batch])
-            mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in batch])
+        new = [p for p in dict.fromkeys(map(tuple, prompts)) if len(self._known.get(p, ())) < max_tokens]
+        if new:
+            longest = max(map(len, new))
+            padded = torch.tensor([[0] * (longest - len(p)) + list(p) for p in new])
+            mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in new])
             output = self.model.generate(
                 padded, attention_mask=mask, do_sample=False, max_new_tokens=max_tokens, pad_token_id=0
             )
-            for prompt, row in zip(batch, output[:, longest:].tolist(), strict=True):
-                self._known[prompt, max_tokens] = row
-        return [self._known[tuple(p), max_tokens] for p in prompts]
+            self._known |= zip(new, output[:, longest:].tolist(), strict=True)
+        return [self._known[tuple(p)][:max_tokens] for p in prompts]
 
     def check_greedy(self, prompts: list[list[int]], outputs: list[list[int]], max_tokens: int) -> None:
         """Raises AssertionError unless `outputs` are the greedy ones, token for token.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import os
 import pty
 import re
@@ -72,25 +73,26 @@ def test_help(capsys: pytest.CaptureFixture[str]):
         assert "usage: rayllm" in capsys.readouterr().out
 
 
-def test_generate(engine_pool, ray_cluster: str, smollm2: Path, reference):
+def test_generate(engine_pool, ray_cluster: str, smollm2: Path, reference, capsys, monkeypatch):
     """A question on the command line, and raw text through a pipe; nothing but the answer goes to stdout."""
     engine_pool.make_room(1)
-    command = [*RAYLLM, "generate", str(smollm2), *ENGINE, "--address", ray_cluster, "--max-tokens", "20"]
-    asked = subprocess.run([*command, "--prompt", QUESTION], capture_output=True, text=True, timeout=120)
-    piped = subprocess.run(
-        [*command, "--raw", "--stop", "city"], input="Once upon a time", capture_output=True, text=True, timeout=120
-    )
+    command = ["generate", str(smollm2), *ENGINE, "--address", ray_cluster, "--max-tokens", "20"]
+    asked = subprocess.run([*RAYLLM, *command, "--prompt", QUESTION], capture_output=True, text=True, timeout=120)
+    assert asked.returncode == 0, asked.stderr
+    assert "Traceback" not in asked.stderr
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Once upon a time"))
+    capsys.readouterr()
+    assert main([*command, "--raw", "--stop", "city"]) == 0
+    piped = capsys.readouterr().out
     tokenizer = Tokenizer.from_source(smollm2)
     chat = tokenizer.apply_chat_template([{"role": "user", "content": QUESTION}])
     raw = tokenizer.encode("Once upon a time")
-    for result, prompt in ((asked, chat), (piped, raw)):
-        assert result.returncode == 0, result.stderr
-        assert "Traceback" not in result.stderr
+    for shown, prompt in ((asked.stdout, chat), (piped, raw)):
         text = tokenizer.decode(reference("smollm2").greedy([prompt], 20)[0])
         assert ("city" in text) == (prompt is raw), "what the model is known to say"
-        assert result.stdout.startswith(text.partition("city")[0] + "\n\n")
+        assert shown.startswith(text.partition("city")[0] + "\n\n")
         summary = rf"\n\n{len(prompt)} prompt tokens, \d+ output tokens, \d+ ms to the first token, [\d.]+ tokens/s\n$"
-        assert re.search(summary, result.stdout)
+        assert re.search(summary, shown)
     assert ", 20 output tokens," in asked.stdout
 
 

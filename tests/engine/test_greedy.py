@@ -38,7 +38,7 @@ CHATS = [
 ]
 PROMPTS = [*TEXTS, *([{"role": "user", "content": text}] for text in CHATS)]
 UNCACHED = WHOLE | {"enable_prefix_caching": False}
-LENGTH = 40
+LENGTH = 32
 
 
 def test_smollm2(engines, reference):
@@ -95,11 +95,11 @@ def test_tiny_models(engines, reference, rng, name: str, tensor_parallel_size: i
         assert stats_of(llm).num_preemptions == 0
         assert {result["num_cached_tokens"] for result in results} == {0}
 
-    for prompt in prompts[:2] * 2:  # alone
+    for prompt in prompts[:1] * 2:  # alone
         results = llm.generate([prompt], greedy(LENGTH), use_tqdm=False)
         reference(name).check_greedy([prompt], tokens_of(results), LENGTH)
     if config is TIGHT:
-        assert results[0]["num_cached_tokens"] == (len(prompts[1]) - 1) // 4 * 4
+        assert results[0]["num_cached_tokens"] == (len(prompts[0]) - 1) // 4 * 4
 
 
 @pytest.mark.parametrize("tensor_parallel_size", [1, 2])

@@ -69,9 +69,9 @@ def kill_driver(llm: LLM) -> str:
     return "driver died"
 
 
-@pytest.mark.parametrize("kill", [kill_shard, kill_driver])
-def test_a_killed_process_fails_all_requests(own_engine, rng, kill: Callable[[LLM], str]):
-    llm = own_engine(2)
+@pytest.mark.parametrize(("kill", "tensor_parallel_size"), [(kill_shard, 2), (kill_driver, 1)])
+def test_a_killed_process_fails_all_requests(own_engine, rng, kill: Callable[[LLM], str], tensor_parallel_size: int):
+    llm = own_engine(tensor_parallel_size)
     pids = pids_of(llm)
     streams = [llm.stream([rng.randrange(199)], greedy(None)) for _ in range(3)]
     for stream in streams:
@@ -139,7 +139,7 @@ def test_the_end_of_the_object_closes(model_paths, engine_pool):
 
 def test_two_engines_at_once(engines, own_engine, reference, rng):
     """Of different models, in one process and on one host."""
-    first, second = engines("qwen2", 2, **TIGHT), own_engine(2)
+    first, second = engines("qwen2", 1, **TIGHT), own_engine(1)
     prompts = [[rng.randrange(199) for _ in range(rng.randint(1, 60))] for _ in range(12)]
     outputs: dict[str, list[list[int]]] = {}
 
@@ -245,8 +245,8 @@ def test_ctrl_c(start_script):
 @pytest.mark.parametrize("is_own_ray", [True, False], ids=["own", "shared"])
 def test_a_killed_owner_takes_all_with_it(engine_pool, ray_cluster, start_script, is_own_ray: bool):
     """With Ray of its own, and as one of the users of a cluster."""
-    engine_pool.make_room(2)
-    script = start_script(OWNER, tensor_parallel_size=2, address=None if is_own_ray else ray_cluster)
+    engine_pool.make_room(1)
+    script = start_script(OWNER, address=None if is_own_ray else ray_cluster)
     pids = told(script)["pids"]
     time.sleep(0.5)
     assert all(map(is_alive, pids))
