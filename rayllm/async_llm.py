@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+from array import array
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from rayllm.config import EngineConfig
 from rayllm.engine import Engine
@@ -15,7 +16,7 @@ from rayllm.errors import EngineDeadError, UsageError
 from rayllm.model_source import resolve_model
 from rayllm.output import Choice, Increment
 from rayllm.sampling_params import SamplingParams
-from rayllm.step import Abort, AddClient, AddSequence, ClientMessage, EngineDied
+from rayllm.step import Abort, AddClient, AddSequence, ClientMessage, EngineDied, pack_ids
 from rayllm.tokenizer import Tokenizer
 from rayllm.transport import Receiver, Sender, local_host
 
@@ -91,7 +92,7 @@ class AsyncLLM:
         self._inbox.close()
         self.engine.close()
 
-    async def generate(
+    def generate(
         self, prompt: Prompt, params: SamplingParams | None = None, *, cache_salt: str | None = None
     ) -> AsyncGenerator[Increment]:
         """Yields what is new whenever something is, for each of `params.n` choices, the last with `finish_reason`.
@@ -100,7 +101,12 @@ class AsyncLLM:
         Raises `UsageError` for a prompt that cannot be served, `EngineDeadError` when the engine is gone.
         """
         params = params or SamplingParams()
-        token_ids = self.prepare(prompt, params)
+        return self.answer(self.prepare(prompt, params), params, cache_salt)
+
+    async def answer(
+        self, token_ids: list[int], params: SamplingParams, cache_salt: str | None = None
+    ) -> AsyncGenerator[Increment]:
+        """As `generate`, for a prompt that `prepare` let pass."""
         self._attach()
         request = self._send(token_ids, params, cache_salt)
         try:
@@ -142,15 +148,17 @@ class AsyncLLM:
         return token_ids
 
     def _tokenize(self, prompt: Prompt) -> list[int]:
-        if not isinstance(prompt, str) and all(isinstance(item, int) for item in prompt):
-            return list(prompt)  # type: ignore[arg-type]
+        is_chat = not isinstance(prompt, str) and len(prompt) > 0 and all(isinstance(item, dict) for item in prompt)
+        if not is_chat and not isinstance(prompt, str):
+            try:
+                return array("i", cast(Sequence[int], prompt)).tolist()
+            except (TypeError, OverflowError):
+                raise UsageError("a prompt must be a string, a list of token ids or a list of chat messages") from None
         if self.tokenizer is None:
             raise UsageError("only token ids can be prompts when skip_tokenizer_init is set")
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt)
-        if all(isinstance(item, dict) for item in prompt):
-            return self.tokenizer.apply_chat_template(list(prompt))  # type: ignore[arg-type]
-        raise UsageError("a prompt must be a string, a list of token ids or a list of chat messages")
+        return self.tokenizer.apply_chat_template(list(prompt))  # type: ignore[arg-type]
 
     def _attach(self) -> None:
         """Ties this object to the running event loop, on first use."""
@@ -164,14 +172,14 @@ class AsyncLLM:
 
     def _send(self, token_ids: list[int], params: SamplingParams, cache_salt: str | None) -> Request:
         seed = self._random.getrandbits(63) if params.seed is None else params.seed
-        request = Request({})
+        request, packed = Request({}), pack_ids(token_ids)
         for i in range(params.n):
             sequence = self._next_sequence
             self._next_sequence += 1
             request.choices[sequence] = Choice(i, len(token_ids), params, self.tokenizer)
             self._requests[sequence] = request
             own_seed = (seed + i + 2**63) % 2**64 - 2**63
-            self._driver.send(AddSequence(CLIENT, sequence, token_ids, params, own_seed, cache_salt))
+            self._driver.send(AddSequence(CLIENT, sequence, packed, params, own_seed, cache_salt))
         return request
 
     def _forget(self, sequence: int, request: Request, abort: bool) -> None:

@@ -31,6 +31,7 @@ from rayllm.step import (
     StepOutput,
     Stop,
     Updates,
+    unpack_ids,
 )
 from rayllm.transport import Receiver, Sender, local_host
 
@@ -209,13 +210,13 @@ class Driver:
 
     def _sequence(self, message: AddSequence) -> Sequence:
         assert self.config.max_model_len is not None
-        params = message.params
-        room = self.config.max_model_len - len(message.prompt_token_ids)
+        params, token_ids = message.params, unpack_ids(message.prompt_token_ids)
+        room = self.config.max_model_len - len(token_ids)
         eos_token_ids = () if params.ignore_eos else self.source.config.eos_token_ids
         return Sequence(
             client=message.client,
             sequence=message.sequence,
-            token_ids=message.prompt_token_ids,
+            token_ids=token_ids,
             params=params,
             seed=message.seed,
             max_tokens=min(params.max_tokens or room, room),

@@ -65,7 +65,8 @@ class Lanes:
         lanes = np.array([start.lane for start in starts])
         params = [start.params for start in starts]
         self.num_prompt_tokens[lanes] = [start.num_prompt_tokens for start in starts]
-        self.num_tokens[lanes] = [len(start.token_ids) for start in starts]
+        token_ids = [np.frombuffer(start.token_ids, np.int32) for start in starts]
+        self.num_tokens[lanes] = [len(row) for row in token_ids]
         self.num_computed_tokens[lanes] = [start.num_computed_tokens for start in starts]
         self.logprobs[lanes] = [-1 if p.logprobs is None else p.logprobs for p in params]
         self.prompt_logprobs[lanes] = [-1 if s.prompt_logprobs is None else s.prompt_logprobs for s in starts]
@@ -81,16 +82,16 @@ class Lanes:
         self.prompt_lens[rows] = put(self.num_prompt_tokens[lanes])
         self.top_k[rows] = put(np.array([max(p.top_k, 0) for p in params]))
         self._floats[rows] = put(np.array([_floats(p) for p in params], np.float32))
-        self._scatter(self.token_ids, lanes, [start.token_ids for start in starts])
-        self._scatter(self.block_tables, lanes, [start.block_table for start in starts])
+        self._scatter(self.token_ids, lanes, token_ids)
+        self._scatter(self.block_tables, lanes, [np.array(start.block_table) for start in starts])
         if self.is_biased[lanes].any() or self.bias_ids.shape[1]:  # lanes may hold those of sequences before
             self._set_biases(lanes, starts)
 
-    def _scatter(self, table: torch.Tensor, lanes: np.ndarray, values: list[list[int]]) -> None:
-        """Writes each list at the start of its lane's row; rows are as wide as the longest list may be."""
+    def _scatter(self, table: torch.Tensor, lanes: np.ndarray, values: list[np.ndarray]) -> None:
+        """Writes each array at the start of its lane's row; rows are as wide as the longest list may be."""
         lengths = [len(row) for row in values]
         columns = np.concatenate([np.arange(length) for length in lengths])
-        flat = np.concatenate([np.array(row, np.int64) for row in values])
+        flat = np.concatenate(values).astype(np.int64)
         update = self.device.put(np.stack((np.repeat(lanes, lengths), columns, flat)))
         table[update[0], update[1]] = update[2].to(table.dtype)
 

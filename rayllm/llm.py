@@ -94,7 +94,7 @@ class LLM:
 
     async def _generate(self, prompt: list[int], params: SamplingParams, rates: _Rates) -> dict[str, Any]:
         choices: list[dict[str, Any]] = [{"text": "", "token_ids": []} for _ in range(params.n)]
-        async for increment in self.async_llm.generate(prompt, params):
+        async for increment in self.async_llm.answer(prompt, params):
             choice = choices[increment.index]
             if not choice["token_ids"]:
                 choice["num_cached_tokens"] = increment.num_cached_tokens

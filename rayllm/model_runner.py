@@ -20,7 +20,7 @@ from rayllm.parallel import TensorParallel
 from rayllm.progress import Track, untracked
 from rayllm.sampler import LogprobTensors, Sampler, top_logprobs
 from rayllm.sampling_params import SamplingParams
-from rayllm.step import LaneStart, Logprobs, PromptLogprobs, StepInput, StepOutput
+from rayllm.step import LaneStart, Logprobs, PromptLogprobs, StepInput, StepOutput, pack_ids
 from rayllm.weights import load_weights
 
 PROMPT_LOGPROB_ROWS = 512
@@ -139,7 +139,7 @@ class ModelRunner:
             incarnation=0,
             step=0,
             starts=[
-                LaneStart(lane, [0] * length, length, 0, table, params, 0, [], None)
+                LaneStart(lane, pack_ids([0] * length), length, 0, table, params, 0, [], None)
                 for lane in range(config.max_num_seqs)
             ],
             new_blocks=[],

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from functools import cache
+from types import UnionType
+from typing import get_args, get_origin
+
 import msgspec
 
 from rayllm.errors import UsageError
@@ -48,16 +52,18 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
-        for field in msgspec.structs.fields(self):
-            try:
-                msgspec.convert(getattr(self, field.name), field.type)
-            except msgspec.ValidationError as error:
-                raise UsageError(f"{field.name}: {error}") from None
-
         def check(ok: bool, name: str, allowed: str) -> None:
             if not ok:
                 raise UsageError(f"{name} must be {allowed}, not {getattr(self, name)!r}")
 
+        for name, types in _types().items():
+            check(
+                isinstance(getattr(self, name), types),
+                name,
+                " or ".join(t.__name__ for t in types).replace("NoneType", "None"),
+            )
+        check(all(isinstance(stop, str) for stop in self.stop_strings), "stop", "one or more non-empty strings")
+        check(all(isinstance(i, int) for i in self.stop_token_ids), "stop_token_ids", "a list of token ids")
         check(1 <= self.n <= 128, "n", "1 to 128")
         check(0 <= self.temperature <= 100, "temperature", "0 to 100")
         check(0 < self.top_p <= 1, "top_p", "over 0 and at most 1")
@@ -86,3 +92,14 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         if self.stop is None:
             return []
         return [self.stop] if isinstance(self.stop, str) else list(self.stop)
+
+
+@cache
+def _types() -> dict[str, tuple[type, ...]]:
+    """By field, the types that its value may have; integers are numbers too."""
+    allowed = {}
+    for field in msgspec.structs.fields(SamplingParams):
+        parts = get_args(field.type) if get_origin(field.type) is UnionType else (field.type,)
+        types = [get_origin(part) or part for part in parts]
+        allowed[field.name] = tuple(types + [int] if float in types else types)
+    return allowed

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from rayllm.block_manager import BlockManager
 from rayllm.sequence import Sequence, SequenceStatus
-from rayllm.step import LaneStart, Logprobs, SequenceUpdate, StepInput, StepOutput
+from rayllm.step import LaneStart, Logprobs, SequenceUpdate, StepInput, StepOutput, pack_ids
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ class Scheduler:
     def _lane_start(self, seq: Sequence) -> LaneStart:
         return LaneStart(
             lane=seq.lane,
-            token_ids=seq.token_ids.copy(),
+            token_ids=pack_ids(seq.token_ids),
             num_prompt_tokens=seq.num_prompt_tokens,
             num_computed_tokens=seq.num_computed_tokens,
             block_table=seq.block_table.copy(),

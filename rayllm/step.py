@@ -8,9 +8,21 @@ before a restart is recognised. A *lane* is the index of a running sequence's st
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Iterable
+
 import msgspec
 
 from rayllm.sampling_params import SamplingParams
+
+
+def pack_ids(token_ids: Iterable[int]) -> bytes:
+    """Token ids as int32 in native order: thousands of them cross at once, and lists decode a hundred times slower."""
+    return array("i", token_ids).tobytes()
+
+
+def unpack_ids(packed: bytes) -> list[int]:
+    return array("i", packed).tolist()
 
 
 class Message(msgspec.Struct, frozen=True, array_like=True, tag=True, gc=False):
@@ -24,7 +36,8 @@ class LaneStart(msgspec.Struct, frozen=True, array_like=True):
     """A sequence enters a lane: new, or resumed after a preemption with all its tokens."""
 
     lane: int
-    token_ids: list[int]
+    token_ids: bytes
+    """Of `pack_ids`."""
     num_prompt_tokens: int
     num_computed_tokens: int
     block_table: list[int]
@@ -100,7 +113,8 @@ class AddSequence(Message, frozen=True, array_like=True):
     client: int
     sequence: int
     """Unique within the client."""
-    prompt_token_ids: list[int]
+    prompt_token_ids: bytes
+    """Of `pack_ids`."""
     params: SamplingParams
     seed: int
     cache_salt: str | None = None

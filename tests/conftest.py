@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -53,6 +55,23 @@ def smollm2(pytestconfig: pytest.Config) -> Path:
     if not path.exists():
         pytest.fail(f"{path} is missing: run `make model`")
     return path
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder(smollm2: Path) -> Path:
+    """The same model as transformers reads it from the .gguf file, in float32; made once, it takes half a minute."""
+    import torch
+    import transformers
+
+    folder = smollm2.parent / "smollm2-transformers"
+    if not (folder / "config.json").exists():
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            smollm2.parent, gguf_file=smollm2.name, dtype=torch.float32
+        )
+        with tempfile.TemporaryDirectory(dir=smollm2.parent) as unfinished:
+            model.save_pretrained(unfinished)
+            shutil.copytree(unfinished, folder, dirs_exist_ok=True)
+    return folder
 
 
 TINY: dict[str, dict[str, Any]] = {

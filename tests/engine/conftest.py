@@ -19,13 +19,14 @@ def model_paths(smollm2: Path, tiny_models: dict[str, Path]) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
-def reference(model_paths: dict[str, Path]) -> Callable[[str], Reference]:
+def reference(smollm2_folder: Path, tiny_models: dict[str, Path]) -> Callable[[str], Reference]:
     """The reference of a model by its name: smollm2, or one of `tiny_models`."""
+    folders = {"smollm2": smollm2_folder, **tiny_models}
     known: dict[str, Reference] = {}
 
     def get(name: str) -> Reference:
         if name not in known:
-            known[name] = Reference(model_paths[name])
+            known[name] = Reference(folders[name])
         return known[name]
 
     return get

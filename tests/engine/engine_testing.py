@@ -13,7 +13,7 @@ import transformers
 from rayllm import LLM, SamplingParams
 from rayllm.driver import EngineStats
 
-SMOLLM2 = {"max_model_len": 320, "block_size": 16, "max_num_seqs": 16, "max_num_batched_tokens": 64}
+SMOLLM2 = {"max_model_len": 320, "block_size": 16, "max_num_seqs": 20, "max_num_batched_tokens": 64}
 WHOLE = {"max_model_len": 128, "block_size": 8, "max_num_seqs": 16, "max_num_batched_tokens": 1024}
 # 34 blocks hold one sequence of 128 tokens, but not many of the 7 that may run; a chunk is what 8 tokens a step leave
 TIGHT = WHOLE | {"block_size": 4, "num_gpu_blocks_override": 34, "max_num_seqs": 7, "max_num_batched_tokens": 8}
@@ -26,11 +26,8 @@ NEAR_TIE = 1e-4
 class Reference:
     """A model as transformers runs it, in float32."""
 
-    def __init__(self, path: Path):
-        is_file = path.suffix == ".gguf"
-        self.model = transformers.AutoModelForCausalLM.from_pretrained(
-            path.parent if is_file else path, gguf_file=path.name if is_file else None, dtype=torch.float32
-        ).eval()
+    def __init__(self, folder: Path):
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         self.model.generation_config.eos_token_id = None
         self._known: dict[tuple[int, ...], list[int]] = {}
 

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
+from engine_testing import eventually, is_alive
 
 from rayllm.cli import main
 from rayllm.tokenizer import Tokenizer
@@ -131,6 +132,12 @@ class Terminal:
         os.close(self._master)
 
 
+def session_of(pid: int) -> list[int]:
+    """All processes that were started from the terminal of this one."""
+    ids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+    return [id for id in ids if is_alive(id) and os.getsid(id) == pid]
+
+
 def test_chat(smollm2: Path, reference):
     """Turns that build on each other; Ctrl-C stops an answer but not the chat; Ctrl-D ends it."""
     command = [*RAYLLM, "chat", str(smollm2), "--device", "cpu", "--max-model-len", "1024", "--max-tokens", "600"]
@@ -152,11 +159,13 @@ def test_chat(smollm2: Path, reference):
         terminal.read_until(" ")
         terminal.type("\x03")
         assert len(terminal.read_until(" [stopped]\r\n\r\n> ")) < 1000
+        time.sleep(0.5)  # Python loses a Ctrl-C between the prompt and the read
         terminal.type("\x03")
         terminal.read_until("> ")
         terminal.type("Bye!\n")
         assert len(terminal.read_until("\r\n\r\n> ")) > len("^CBye!\n\n\n> ")
         terminal.type("\x04")
         assert terminal.process.wait(20) == 0
+        eventually(lambda: not session_of(terminal.process.pid), seconds=5, what="the end of Ray's processes")
     finally:
         terminal.close()

@@ -15,13 +15,10 @@ TEXTS = [
     "Once upon a time, in a village by the sea,",
     "def fibonacci(n):\n    ",
     "1, 2, 3, 5, 8, 13,",
-    "Ingredients: two eggs, a cup of flour,",
     "Die Hauptstadt von Österreich heißt",
     "日本の首都は",
     "😀 Emojis are",
     "To be, or not to be, that is the question:\nWhether 'tis nobler in the mind to suffer\nThe slings and arrows of",
-    "SELECT name, age FROM users WHERE",
-    "Dear Sir or Madam,\n\nI am writing to",
     "The quick brown fox jumps over the lazy dog. " * 7,
     "<html>\n<head>\n<title>",
     "Q: Why is the sky blue?\nA:",
@@ -33,7 +30,6 @@ CHATS = [
     "List three prime numbers.",
     "Translate 'good morning' into Spanish.",
     "Summarise: " + "Ray places the processes, NCCL moves the tensors, Serve takes the requests. " * 3,
-    "Who wrote Hamlet?",
     "How do I boil an egg?",
 ]
 PROMPTS = [*TEXTS, *([{"role": "user", "content": text}] for text in CHATS)]
@@ -42,7 +38,7 @@ LENGTH = 32
 
 
 def test_smollm2(engines, reference):
-    """Batched, chunked, of very different lengths: 24 prompts through 16 lanes."""
+    """20 prompts of very different lengths, batched and chunked."""
     llm = engines("smollm2", **SMOLLM2)
     prompts = [llm.async_llm.prepare(prompt, greedy(64)) for prompt in PROMPTS]
     results = llm.generate(PROMPTS, greedy(64), use_tqdm=False)
@@ -80,9 +76,16 @@ def make_prompts(rng: random.Random) -> list[list[int]]:
     return [*prompts, prompts[0]]
 
 
-@pytest.mark.parametrize("tensor_parallel_size", [1, 2])
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
-@pytest.mark.parametrize("config", [UNCACHED, TIGHT], ids=["uncached", "tight"])
+@pytest.mark.parametrize(
+    ("name", "tensor_parallel_size", "config"),
+    [
+        pytest.param(name, size, config, id=f"{name}-{size}-{kind}")
+        for size in (1, 2)
+        for name in ("llama", "qwen2", "qwen3")
+        for kind, config in (("uncached", UNCACHED), ("tight", TIGHT))
+        if name == "llama" or (kind == "tight") == (name == "qwen2") ^ (size == 1)
+    ],
+)
 def test_tiny_models(engines, reference, rng, name: str, tensor_parallel_size: int, config: dict[str, Any]):
     llm = engines(name, tensor_parallel_size, **config)
     prompts = make_prompts(rng)

@@ -177,22 +177,22 @@ def generate_for_ever(llm):
 INTERRUPTED = (
     SCRIPT
     + """
-with LLM(model, **arguments) as llm:
-    say(pids=pids_of(llm))
-    try:
-        generate_for_ever(llm)
-    except KeyboardInterrupt:
-        tokens = llm.generate([[1]], SamplingParams(max_tokens=3), use_tqdm=False)[0]["token_ids"]
-        say(tokens=len(tokens), running=stats_of(llm).num_running)
-    raise RuntimeError("on purpose")
+llm = LLM(model, **arguments)
+say(pids=pids_of(llm))
+try:
+    generate_for_ever(llm)
+except KeyboardInterrupt:
+    tokens = llm.generate([[1]], SamplingParams(max_tokens=3), use_tqdm=False)[0]["token_ids"]
+    say(tokens=len(tokens), running=stats_of(llm).num_running)
+generate_for_ever(llm)
 """
 )
 OWNER = (
     SCRIPT
     + """
-llm = LLM(model, **arguments)
-say(pids=pids_of(llm))
-generate_for_ever(llm)
+with LLM(model, **arguments) as llm:
+    say(pids=pids_of(llm))
+    generate_for_ever(llm)
 """
 )
 
@@ -228,25 +228,21 @@ def told(process: subprocess.Popen[str]) -> dict[str, Any]:
     return answer
 
 
-def test_ctrl_c(start_script):
-    """It reaches the whole process group, Ray's processes among them; only the requests end."""
+def test_ctrl_c_then_kill(start_script):
+    """Ctrl-C reaches the whole process group, Ray's processes among them: only the requests end. SIGKILL ends all."""
     script = start_script(INTERRUPTED, tensor_parallel_size=2)
     pids = told(script)["pids"]
     time.sleep(1)
     os.killpg(script.pid, signal.SIGINT)
     assert told(script) == {"tokens": 3, "running": 0}
-    _, errors = script.communicate(timeout=30)
-    assert script.returncode == 1
-    assert "on purpose" in errors
-    assert "Exception ignored" not in errors
-    eventually(lambda: not any(map(is_alive, pids)), seconds=5, what="the processes' end")
+    assert all(map(is_alive, pids))
+    script.kill()
+    eventually(lambda: not any(map(is_alive, pids)), seconds=10, what="the processes' end")
 
 
-@pytest.mark.parametrize("is_own_ray", [True, False], ids=["own", "shared"])
-def test_a_killed_owner_takes_all_with_it(engine_pool, ray_cluster, start_script, is_own_ray: bool):
-    """With Ray of its own, and as one of the users of a cluster."""
+def test_a_killed_user_of_a_cluster_takes_its_engine_with_it(engine_pool, ray_cluster, start_script):
     engine_pool.make_room(1)
-    script = start_script(OWNER, address=None if is_own_ray else ray_cluster)
+    script = start_script(OWNER, address=ray_cluster)
     pids = told(script)["pids"]
     time.sleep(0.5)
     assert all(map(is_alive, pids))

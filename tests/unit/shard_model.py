@@ -16,7 +16,7 @@ import msgspec
 from rayllm.sampling_params import SamplingParams
 from rayllm.scheduler import Scheduler
 from rayllm.sequence import Sequence
-from rayllm.step import LaneStart, Logprobs, PromptLogprobs, SequenceUpdate, StepInput, StepOutput
+from rayllm.step import LaneStart, Logprobs, PromptLogprobs, SequenceUpdate, StepInput, StepOutput, unpack_ids
 
 EOS = 0
 SALTS = (None, "salt", "pepper")
@@ -68,7 +68,7 @@ class Shards:
 
     def execute(self, step: StepInput) -> StepOutput:
         for start in step.starts:
-            tokens, table = tuple(start.token_ids), list(start.block_table)
+            tokens, table = tuple(unpack_ids(start.token_ids)), list(start.block_table)
             self.lanes[start.lane] = Lane(start, tokens, table, start.num_computed_tokens)
         for lane, block in zip(step.new_blocks[::2], step.new_blocks[1::2], strict=True):
             self.lanes[lane].table.append(block)

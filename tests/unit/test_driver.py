@@ -30,6 +30,7 @@ from rayllm.step import (
     StepOutput,
     Stop,
     Updates,
+    pack_ids,
 )
 from rayllm.transport import Receiver, Sender
 
@@ -105,7 +106,7 @@ class Peers:
 
     def add(self, sequence: int = 0, client: int = 0, max_tokens: int = 4) -> None:
         params = SamplingParams(max_tokens=max_tokens)
-        self.to_driver.send(AddSequence(client, sequence, [1, 2, 3], params, seed=0))
+        self.to_driver.send(AddSequence(client, sequence, pack_ids([1, 2, 3]), params, seed=0))
 
     def answer(self, step: StepInput, *token_ids: int, incarnation: int = INCARNATION) -> None:
         self.to_driver.send(StepOutput(incarnation, step.step, list(token_ids)))

@@ -69,6 +69,28 @@ def test_accepted(name, value):
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(params), type=SamplingParams) == params
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("n", None),
+        ("max_tokens", 2.5),
+        ("temperature", "hot"),
+        ("seed", "1"),
+        ("stop", [1]),
+        ("stop_token_ids", ["x"]),
+        ("stop_token_ids", 3),
+        ("logit_bias", {"5": 1.0}),
+        ("logit_bias", {5: "1"}),
+        ("ignore_eos", 1),
+    ],
+)
+def test_types_are_refused(name, value):
+    """What would not survive the wire must not get there: it would end the driver."""
+    with pytest.raises(UsageError, match=f"^{name} must be .*, not ") as caught:
+        SamplingParams(**{name: value})
+    assert "\n" not in str(caught.value)
+
+
 def test_min_tokens_needs_no_max_tokens():
     assert SamplingParams(min_tokens=1000, max_tokens=None).min_tokens == 1000
 

@@ -18,6 +18,7 @@ from rayllm.step import ClientMessage, DriverMessage, Message, StepInput, StepOu
 
 INBOXES = {"shard": StepInput | Stop, "driver": DriverMessage, "client": ClientMessage}
 LEAVES = {
+    bytes: st.binary(max_size=8),
     int: st.integers(-(2**63), 2**63 - 1),
     float: st.floats(allow_nan=False),
     str: st.text(max_size=8),
