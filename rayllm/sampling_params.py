@@ -85,7 +85,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         check(self.seed is None or -(2**63) <= self.seed < 2**63, "seed", "a 64-bit integer, or None")
         check(all(self.stop_strings), "stop", "one or more non-empty strings")
         bias = self.logit_bias or {}
-        check(all(-100 <= v <= 100 for v in bias.values()), "logit_bias", "a map of token ids to values -100 to 100")
+        biases_are_valid = all(
+            isinstance(k, int) and isinstance(v, int | float) and -100 <= v <= 100 for k, v in bias.items()
+        )
+        check(biases_are_valid, "logit_bias", "a map of token ids to values -100 to 100")
 
     @property
     def stop_strings(self) -> list[str]:
@@ -101,5 +104,5 @@ def _types() -> dict[str, tuple[type, ...]]:
     for field in msgspec.structs.fields(SamplingParams):
         parts = get_args(field.type) if get_origin(field.type) is UnionType else (field.type,)
         types = [get_origin(part) or part for part in parts]
-        allowed[field.name] = tuple(types + [int] if float in types else types)
+        allowed[field.name] = (*types, int) if float in types else tuple(types)
     return allowed
