@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,13 +63,15 @@ def smollm2_folder(smollm2: Path) -> Path:
     import transformers
 
     folder = smollm2.parent / "smollm2-transformers"
-    if not (folder / "config.json").exists():
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            smollm2.parent, gguf_file=smollm2.name, dtype=torch.float32
-        )
-        with tempfile.TemporaryDirectory(dir=smollm2.parent) as unfinished:
-            model.save_pretrained(unfinished)
-            shutil.copytree(unfinished, folder, dirs_exist_ok=True)
+    if not folder.exists():
+        auto = transformers.AutoModelForCausalLM
+        read = auto.from_pretrained(smollm2.parent, gguf_file=smollm2.name, dtype=torch.float32)
+        del read.config.quantization_config  # it is no longer quantised
+        model = auto.from_config(read.config, dtype=torch.float32)
+        model.load_state_dict(read.state_dict())
+        with tempfile.TemporaryDirectory(dir=smollm2.parent) as parent:
+            model.save_pretrained(Path(parent) / "model")
+            (Path(parent) / "model").rename(folder)
     return folder
 
 
