@@ -19,6 +19,8 @@ from rayllm.step import Logprobs
 
 T = TypeVar("T")
 
+CANCEL_TIMEOUT_S = 1
+
 
 class LLM:
     """An engine for scripts.
@@ -115,8 +117,13 @@ class LLM:
     def _run(self, work: Callable[[], Awaitable[T]]) -> T:
         """Runs it on the engine's loop; cancels it, so that its requests are aborted, if this thread is interrupted."""
 
+        ended = threading.Event()
+
         async def run() -> T:
-            return await work()
+            try:
+                return await work()
+            finally:
+                ended.set()
 
         if self._loop.is_closed():
             raise EngineDeadError("the engine was closed")
@@ -127,6 +134,7 @@ class LLM:
             raise group.exceptions[0] from None
         except BaseException:
             future.cancel()
+            ended.wait(timeout=CANCEL_TIMEOUT_S)  # until then a generator that is still running cannot be closed
             raise
 
 

@@ -46,8 +46,6 @@ class Shard:
         self.incarnation = incarnation
         self.bytes_read = 0
         self._tracker = Tracker()
-        if config.device == "cpu":  # threads that spin while they wait starve the driver, which has the same cores
-            os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
     def place(self) -> tuple[str, str]:
         """The node that Ray chose, and its address."""

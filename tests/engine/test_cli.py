@@ -77,7 +77,7 @@ def test_help(capsys: pytest.CaptureFixture[str]):
 def test_generate(engine_pool, ray_cluster: str, smollm2: Path, reference, capsys, monkeypatch):
     """A question on the command line, and raw text through a pipe; nothing but the answer goes to stdout."""
     engine_pool.make_room(1)
-    command = ["generate", str(smollm2), *ENGINE, "--address", ray_cluster, "--max-tokens", "20"]
+    command = ["generate", str(smollm2), *ENGINE, "--address", ray_cluster, "--max-tokens", "12"]
     asked = subprocess.run([*RAYLLM, *command, "--prompt", QUESTION], capture_output=True, text=True, timeout=120)
     assert asked.returncode == 0, asked.stderr
     assert "Traceback" not in asked.stderr
@@ -89,12 +89,12 @@ def test_generate(engine_pool, ray_cluster: str, smollm2: Path, reference, capsy
     chat = tokenizer.apply_chat_template([{"role": "user", "content": QUESTION}])
     raw = tokenizer.encode("Once upon a time")
     for shown, prompt in ((asked.stdout, chat), (piped, raw)):
-        text = tokenizer.decode(reference("smollm2").greedy([prompt], 20)[0])
+        text = tokenizer.decode(reference("smollm2").greedy([prompt], 12)[0])
         assert ("city" in text) == (prompt is raw), "what the model is known to say"
         assert shown.startswith(text.partition("city")[0] + "\n\n")
         summary = rf"\n\n{len(prompt)} prompt tokens, \d+ output tokens, \d+ ms to the first token, [\d.]+ tokens/s\n$"
         assert re.search(summary, shown)
-    assert ", 20 output tokens," in asked.stdout
+    assert ", 12 output tokens," in asked.stdout
 
 
 class Terminal:

@@ -89,8 +89,8 @@ def test_a_killed_process_fails_all_requests(own_engine, rng, kill: Callable[[LL
     eventually(lambda: not any(map(is_alive, pids)), seconds=10, what="the processes' end")
 
 
-def ipc_folders() -> set[Path]:
-    return set(Path("/tmp").glob("rayllm-*"))
+def sockets_of(*pids: int) -> set[Path]:
+    return {path for pid in pids for path in Path("/tmp").glob(f"rayllm-*/{pid}")}
 
 
 def engine_threads() -> list[threading.Thread]:
@@ -98,19 +98,20 @@ def engine_threads() -> list[threading.Thread]:
 
 
 def test_close_leaves_nothing(own_engine, capfd):
-    before = ipc_folders(), engine_threads()
+    before = sockets_of(os.getpid()), engine_threads()
     with own_engine(2) as llm:
         pids = pids_of(llm)
         waiting = llm.stream([1], greedy(None))
         next(waiting)
         assert all(map(is_alive, pids))
+        assert len(sockets_of(*pids)) == 3
     with pytest.raises(EngineDeadError, match="closed"):
         list(waiting)
     with pytest.raises(EngineDeadError, match="closed"):
         llm.generate([[1]], use_tqdm=False)
     llm.close()  # again
     eventually(lambda: not any(map(is_alive, pids)), seconds=5, what="the processes' end")
-    assert (ipc_folders(), engine_threads()) == before
+    assert (sockets_of(os.getpid(), *pids), engine_threads()) == before
     assert capfd.readouterr().err == ""
 
 
