@@ -26,6 +26,12 @@ def decode_attention_reference(
     """See `decode_attention`. Gathers each sequence's keys, padded to `max_kv_len`, for torch's SDPA."""
     batch, num_heads, head_dim = q.shape
     _, block_size, num_kv_heads, _ = k_cache.shape
+    # The query heads of a KV group are rows of one attention problem.
+    q = q.reshape(batch, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    if bool((kv_lens == max_kv_len).all()):  # nothing to mask: whole blocks are gathered, which is faster
+        blocks = block_tables[:, : -(-max_kv_len // block_size)]
+        k, v = (cache[blocks].flatten(1, 2)[:, :max_kv_len].transpose(1, 2) for cache in (k_cache, v_cache))
+        return F.scaled_dot_product_attention(q, k, v, scale=scale).reshape(batch, num_heads, head_dim)
     positions = torch.arange(max_kv_len, device=q.device)
     lengths = kv_lens.long().unsqueeze(1)
     # Past a sequence's end its last slot is read again: the table may hold garbage there, an unused slot NaN.
@@ -37,8 +43,6 @@ def decode_attention_reference(
         rows = cache.view(-1, num_kv_heads * head_dim).index_select(0, slots.view(-1))
         return rows.view(batch, max_kv_len, num_kv_heads, head_dim).transpose(1, 2)
 
-    # The query heads of a KV group are rows of one attention problem.
-    q = q.reshape(batch, num_kv_heads, num_heads // num_kv_heads, head_dim)
     mask = (positions < lengths)[:, None, None, :]
     out = F.scaled_dot_product_attention(q, gather(k_cache), gather(v_cache), attn_mask=mask, scale=scale)
     return out.masked_fill_((lengths == 0)[:, :, None, None], 0).reshape(batch, num_heads, head_dim)

@@ -101,9 +101,10 @@ def naive_attention(batch: Batch) -> torch.Tensor:
     return out
 
 
-def test_decode_reference_is_softmax_attention() -> None:
-    batch = make_batch([37, 1, 0, 64, 5], [1] * 5, heads=(6, 2), head_dim=24, block_size=8)
-    for max_kv_len in (64, 72):
+@pytest.mark.parametrize("kv_lens", [[37, 1, 0, 64, 5], [21, 21], [64]])
+def test_decode_reference_is_softmax_attention(kv_lens: list[int]) -> None:
+    batch = make_batch(kv_lens, [1] * len(kv_lens), heads=(6, 2), head_dim=24, block_size=8)
+    for max_kv_len in (max(kv_lens), max(kv_lens) + 8):
         assert_close(decode_attention(*batch.decode_args(max_kv_len)), naive_attention(batch))
 
 
