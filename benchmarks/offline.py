@@ -1,6 +1,6 @@
 """Offline throughput: each workload twice in one process, first with other tokens to warm up; the second counts.
 
-    python benchmarks/offline.py --model ../shared/model-configs/qwen3-0.6b.json --load-format dummy --workload seed256
+    python benchmarks/offline.py --model config.json --load-format dummy --workload seed256
 
 Prints one JSON line for each workload. Every engine argument is a flag, as for `rayllm generate`.
 """
