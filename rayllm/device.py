@@ -39,10 +39,6 @@ class Device:
         """Free and total bytes of the GPU, whoever uses them."""
         return torch.cuda.mem_get_info(self.torch_device)
 
-    def synchronize(self) -> None:
-        if self.is_cuda:
-            torch.cuda.synchronize(self.torch_device)
-
     def peak_memory(self) -> int:
         """Most bytes that tensors of this process occupied at once; of the whole process on a CPU."""
         if self.is_cuda:

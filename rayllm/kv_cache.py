@@ -54,7 +54,7 @@ def allocate(
 
     The last block takes what padding rows write. Zeros, since masked slots are still multiplied by 0.
     """
-    heads = max(1, model.num_key_value_heads // config.tensor_parallel_size)
+    heads = model.local_kv_heads(config.tensor_parallel_size)
     shape = (model.num_hidden_layers, 2, num_blocks + 1, config.block_size, heads, model.head_dim)
     cache = device.zeros(shape, DTYPES[config.dtype])
     return [(layer[0], layer[1]) for layer in cache]

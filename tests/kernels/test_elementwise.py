@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from kernel_testing import assert_close, poisoned
-from rayllm_kernels import apply_rope, rms_norm, silu_and_mul, store_kv
+from rayllm_kernels import apply_rope, linear, pack_weight, rms_norm, silu_and_mul, store_kv
 from rayllm_kernels.activation import _silu_and_mul_triton
 from rayllm_kernels.norm import _rms_norm_triton
 from rayllm_kernels.rope import _apply_rope_triton
@@ -145,3 +145,13 @@ def test_store_kv_triton(device: torch.device, dtype: torch.dtype, heads: int, h
     expected = stored(store_kv, k.cpu(), v.cpu(), slots, block_size)
     for one, other in zip(actual, expected, strict=True):
         torch.testing.assert_close(one.cpu(), other, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 8, 33])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_linear_with_a_packed_weight(rows: int, has_bias: bool) -> None:
+    x, weight = torch.randn(rows, 96), torch.randn(50, 96)
+    bias = torch.randn(50) if has_bias else None
+    expected = x.double() @ weight.double().T + (0 if bias is None else bias.double())
+    assert_close(linear(x, pack_weight(weight), bias), expected)
+    assert_close(linear(x, weight, bias), expected)
