@@ -35,6 +35,7 @@ def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     out, err = capsys.readouterr()
     assert code == 2
     assert out == ""
+    err = err.rpartition("\r")[2]  # a progress bar before it clears its line
     assert err.startswith("Error: ")
     assert err.count("\n") == 1
     return err
