@@ -9,7 +9,7 @@ import time
 from typing import Any, NoReturn
 
 from rayllm import config
-from rayllm.async_llm import Prompt
+from rayllm.client import Prompt
 from rayllm.errors import EngineDeadError, UsageError
 from rayllm.llm import LLM
 from rayllm.sampling_params import SamplingParams

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
+import time
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
 import ray
+import zmq
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -24,8 +27,11 @@ from rayllm.step import (
     Abort,
     AddClient,
     AddSequence,
+    ClientGone,
     DriverMessage,
+    Ended,
     EngineDied,
+    NewSequence,
     SequenceUpdate,
     ShardFailed,
     StepOutput,
@@ -33,7 +39,7 @@ from rayllm.step import (
     Updates,
     unpack_ids,
 )
-from rayllm.transport import Receiver, Sender, local_host
+from rayllm.transport import Address, Receiver, Sender, local_host
 
 logger = logging.getLogger("rayllm")
 
@@ -48,9 +54,8 @@ SHARD_STOP_TIMEOUT_S = 2.0
 class EngineInfo:
     """What a client needs to know of a started engine."""
 
-    address: str
+    address: Address
     """Of the driver's inbox."""
-    spans_nodes: bool
     num_blocks: int
     prefill_backend: str
     """What prefill attention runs on, and why if that is not the fastest there is."""
@@ -66,6 +71,8 @@ class EngineStats:
     num_waiting: int
     num_free_blocks: int
     num_preemptions: int
+    stalled_s: float
+    """How long the oldest step in flight has been waited for."""
 
 
 class Driver:
@@ -79,9 +86,10 @@ class Driver:
         self._shard_runs: list[ray.ObjectRef] = []
         self._clients: dict[int, Sender] = {}
         self._num_steps = 0
+        self._last_progress = time.monotonic()
 
-    def start(self, placement_group: PlacementGroup, owner_node: str) -> EngineInfo:
-        """Makes the shards, all at once; returns when they can execute steps."""
+    def start(self, placement_group: PlacementGroup, owner: Address) -> EngineInfo:
+        """Makes the shards, all at once; returns when they can execute steps. `owner` is the owner's inbox."""
         config = self.config
         resources: dict[str, Any] = {"num_cpus": 1}
         if config.device == "cuda":  # all GPUs stay visible: symmetric memory wants ranks on distinct device numbers
@@ -99,9 +107,9 @@ class Driver:
         ]
         places = ray.get([shard.place.remote() for shard in self._shards])
         own_node = ray.get_runtime_context().get_node_id()
-        spans_nodes = len({own_node, owner_node, *(node for node, _ in places)}) > 1
-        host = local_host() if spans_nodes else None
-        self._inbox: Receiver[DriverMessage] = Receiver(DriverMessage, host)
+        spans_nodes = len({own_node, owner.node_id, *(node for node, _ in places)}) > 1
+        self._inbox: Receiver[DriverMessage] = Receiver(DriverMessage, local_host() if spans_nodes else None)
+        self._owner = Sender(owner.seen_from(own_node))
 
         store = ray.get(self._shards[0].open_store.remote()) if len(self._shards) > 1 else None
         num_blocks = min(ray.get([shard.load.remote(store) for shard in self._shards]))
@@ -121,10 +129,11 @@ class Driver:
                 for shard, (_, shard_host) in zip(self._shards, places, strict=True)
             ]
         )
-        self._senders = [Sender(address) for address, _ in ready]
-        self._shard_runs = [shard.run.remote(self._inbox.address) for shard in self._shards]
+        address = self._inbox.address(own_node)
+        self._senders = [Sender(inbox.seen_from(own_node)) for inbox, _ in ready]
+        self._shard_runs = [shard.run.remote(address) for shard in self._shards]
         threading.Thread(target=self._watch, daemon=True).start()
-        return EngineInfo(self._inbox.address, spans_nodes, num_blocks, prefill_backend=ready[0][1])
+        return EngineInfo(address, num_blocks, prefill_backend=ready[0][1])
 
     @ray.method(concurrency_group="control")
     def progress(self) -> Progress:
@@ -150,6 +159,7 @@ class Driver:
             num_waiting=len(scheduler.waiting),
             num_free_blocks=scheduler.blocks.num_free_blocks,
             num_preemptions=scheduler.num_preemptions,
+            stalled_s=time.monotonic() - self._last_progress if scheduler.in_flight else 0.0,
         )
 
     def run(self) -> None:
@@ -159,6 +169,8 @@ class Driver:
             while running:
                 step = None
                 if len(self.scheduler.in_flight) < MAX_STEPS_IN_FLIGHT and (step := self.scheduler.schedule()):
+                    if len(self.scheduler.in_flight) == 1:
+                        self._last_progress = time.monotonic()
                     self._num_steps += 1
                     for sender in self._senders:
                         sender.send(step)
@@ -166,13 +178,12 @@ class Driver:
                     running = running and self._handle(message)
         except Exception as error:
             reason = str(error) if isinstance(error, EngineDeadError) else f"driver: {type(error).__name__}: {error}"
-            for client in self._clients.values():
-                client.send(EngineDied(self.incarnation, reason))
+            self._owner.send(EngineDied(reason))
             raise
         finally:
             for sender in self._senders:
                 sender.send(Stop())
-            for peer in (*self._senders, *self._clients.values()):
+            for peer in (*self._senders, *self._clients.values(), self._owner):
                 peer.close(linger_s=1)
             self._inbox.close()
             if self._shard_runs:  # they clean up after themselves
@@ -185,7 +196,7 @@ class Driver:
 
     def _tell(self, message: Stop | ShardFailed) -> None:
         """Sends to the own inbox, from another thread."""
-        sender = Sender(self._inbox.address)
+        sender = Sender(self._inbox.local)
         sender.send(message)
         sender.close(linger_s=1)
 
@@ -194,43 +205,53 @@ class Driver:
         match message:
             case StepOutput():
                 if message.incarnation == self.incarnation:
+                    self._last_progress = time.monotonic()
                     self._publish(self.scheduler.update(message))
             case AddSequence():
-                self.scheduler.add(self._sequence(message))
+                self.scheduler.add(self._sequence(message.client, message.new))
             case Abort():
                 for sequence in message.sequences:
                     self.scheduler.abort(message.client, sequence)
             case AddClient():
                 self._clients[message.client] = Sender(message.address)
+                self._inbox.watch(self._clients[message.client], ClientGone(message.client))
+            case ClientGone():
+                del self._clients[message.client]
+                self.scheduler.abort_all(message.client)
+                self._owner.send(message)
             case ShardFailed():
                 raise EngineDeadError(message.reason)
             case Stop():
                 return False
         return True
 
-    def _sequence(self, message: AddSequence) -> Sequence:
+    def _sequence(self, client: int, new: NewSequence) -> Sequence:
         assert self.config.max_model_len is not None
-        params, token_ids = message.params, unpack_ids(message.prompt_token_ids)
-        room = self.config.max_model_len - len(token_ids)
+        params = new.params
+        room = self.config.max_model_len - new.num_prompt_tokens
         eos_token_ids = () if params.ignore_eos else self.source.config.eos_token_ids
         return Sequence(
-            client=message.client,
-            sequence=message.sequence,
-            token_ids=token_ids,
+            client=client,
+            sequence=new.sequence,
+            token_ids=unpack_ids(new.token_ids),
+            num_prompt_tokens=new.num_prompt_tokens,
             params=params,
-            seed=message.seed,
+            seed=new.seed,
             max_tokens=min(params.max_tokens or room, room),
             stop_token_ids=frozenset((*params.stop_token_ids, *eos_token_ids)),
-            cache_salt=message.cache_salt,
+            cache_salt=new.cache_salt,
         )
 
     def _publish(self, updates: list[tuple[int, SequenceUpdate]]) -> None:
-        """One message for each client that a step moved."""
+        """One message for each client that a step moved, and one for the owner if sequences ended."""
         by_client = defaultdict(list)
         for client, update in updates:
             by_client[client].append(update)
         for client, own in by_client.items():
-            self._clients[client].send(Updates(self.incarnation, own))
+            with contextlib.suppress(zmq.Again):  # far behind: it has stopped, and is about to be gone
+                self._clients[client].send(Updates(self.incarnation, own))
+        if ended := [(client, update.sequence) for client, update in updates if update.finish_reason]:
+            self._owner.send(Ended(ended))
 
     def _watch(self) -> None:
         """Tells the loop when a shard is gone: ZeroMQ would not."""

@@ -1,22 +1,27 @@
-"""Starts an engine on Ray and watches it: everything between a configuration and a driver that runs."""
+"""Starts an engine on Ray, watches it and admits sequences to it: all that lies between a process and its driver."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import ray
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-from tqdm import tqdm
 
 from rayllm import placement
 from rayllm.config import EngineConfig
 from rayllm.driver import Driver, EngineInfo, EngineStats
 from rayllm.errors import EngineDeadError, UsageError
 from rayllm.model_source import ModelSource
+from rayllm.progress import Progress, ProgressBar
 from rayllm.shard import ShardStats
+from rayllm.step import Abort, AddClient, AddSequence, ClientGone, Ended, EngineDied, NewSequence, OwnerMessage
+from rayllm.transport import Address, Receiver, Sender, local_host
 
 logger = logging.getLogger("rayllm")
 
@@ -28,28 +33,53 @@ class Engine:
     """A driver and its shards, owned by this process: they end with it, or with `close`.
 
     Raises `UsageError`, before anything expensive starts, when model, arguments and cluster do not fit together, and
-    `EngineDeadError` when a process fails on the way.
+    `EngineDeadError` when a process fails on the way. Made anywhere, it belongs to the event loop that first calls
+    `answer` or `check`.
     """
 
-    def __init__(self, config: EngineConfig, source: ModelSource, address: str | None = None, progress: bool = True):
-        """`address`: of a Ray cluster; None uses the one this process is in, or else starts Ray here."""
+    def __init__(
+        self,
+        config: EngineConfig,
+        source: ModelSource,
+        address: str | None = None,
+        progress: bool = True,
+        placement_group: PlacementGroup | None = None,
+        report: Callable[[Progress], None] | None = None,
+    ):
+        """`address`: of a Ray cluster; None uses the one this process is in, or else starts Ray here.
+
+        `placement_group`: resources that are reserved already, for a configuration whose device is decided.
+        `progress` is shown on stderr, or else told to `report`.
+        """
         started = time.monotonic()
         self.source = source
         source.config.check_tensor_parallel(config.tensor_parallel_size)
         if config.device != "auto":
             self._resolve(config, config.device)
         self._started_ray = placement.connect(address, min_cpus=config.tensor_parallel_size)
-        self._placement_group: PlacementGroup | None = None
+        self._own_group: PlacementGroup | None = None
         self._driver: Any = None
-        self.ended: Any = None
+        self._ended: Any = None
         """An object reference that resolves when the driver has stopped, and raises if it died."""
+        self._inbox: Receiver[OwnerMessage] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._death: str | None = None
+        self._clients: dict[Address, int] = {}
+        self._num_clients = 0
+        self._pending: dict[tuple[int, int], asyncio.Future[None]] = {}
+        """By (client, sequence): sequences that have not ended."""
         try:
             device = placement.choose_device(config.device)
             self.config = self._resolve(config, device)
-            self._placement_group = placement.reserve(
-                config.tensor_parallel_size, device, config.placement_timeout_s, progress
-            )
-            self.info = self._start(progress)
+            if placement_group is None:
+                placement_group = self._own_group = placement.reserve(
+                    config.tensor_parallel_size, device, config.placement_timeout_s, progress
+                )
+            self.host = local_host() if placement.has_many_nodes() else None
+            """This node's address, if there are others."""
+            show: AbstractContextManager[Any] = ProgressBar() if progress else nullcontext(report)
+            with show as report:
+                self.info = self._start(placement_group, report)
         except BaseException:
             self.close()
             raise
@@ -59,14 +89,16 @@ class Engine:
         model = self.source.config
         return config.resolved(device=device, model_dtype=model.dtype, model_max_len=model.max_model_len)
 
-    def _start(self, progress: bool) -> EngineInfo:
+    def _start(self, group: PlacementGroup, report: Callable[[Progress], None] | None) -> EngineInfo:
+        node_id = ray.get_runtime_context().get_node_id()
+        self._inbox = Receiver(OwnerMessage, self.host)
         driver_class = ray.remote(num_cpus=0, concurrency_groups={"control": 2})(Driver)
-        bundle_0 = PlacementGroupSchedulingStrategy(self._placement_group, 0)
+        bundle_0 = PlacementGroupSchedulingStrategy(group, 0)
         self._driver = driver_class.options(scheduling_strategy=bundle_0).remote(self.config, self.source, 0)
-        started = self._driver.start.remote(self._placement_group, ray.get_runtime_context().get_node_id())
+        started = self._driver.start.remote(group, self._inbox.address(node_id))
         try:
-            if progress:
-                self._show_progress(started)
+            if report:
+                self._follow(started, report)
             info: EngineInfo = ray.get(started)
         except ray.exceptions.RayTaskError as error:
             raise self._cause(error) from None
@@ -74,7 +106,8 @@ class Engine:
             raise EngineDeadError(f"the engine died while it started: {error}".splitlines()[0]) from None
         if self.config.device == "cuda" and ":" in info.prefill_backend:
             logger.warning("prefill attention runs on %s", info.prefill_backend)
-        self.ended = self._driver.run.remote()
+        self._to_driver = Sender(info.address.seen_from(node_id))
+        self._ended = self._driver.run.remote()
         return info
 
     @staticmethod
@@ -87,18 +120,15 @@ class Engine:
             return cause
         return EngineDeadError(f"the engine failed to start: {type(cause).__name__}: {cause}".splitlines()[0])
 
-    def _show_progress(self, started: ray.ObjectRef) -> None:
-        """One line that follows the shards' progress until `started` resolves."""
-        with tqdm(leave=False, bar_format="{desc} {bar} {n_fmt}/{total_fmt} [{elapsed}]") as bar:
-            while not ray.wait([started], timeout=PROGRESS_PERIOD_S)[0]:
-                try:
-                    progress = ray.get(self._driver.progress.remote(), timeout=5)
-                except ray.exceptions.GetTimeoutError:
-                    continue
-                except ray.exceptions.RayError:
-                    return  # `started` tells why
-                bar.total, bar.n = progress.total, progress.done
-                bar.set_description_str(progress.stage)
+    def _follow(self, started: ray.ObjectRef, report: Callable[[Progress], None]) -> None:
+        """Tells the shards' progress until `started` resolves."""
+        while not ray.wait([started], timeout=PROGRESS_PERIOD_S)[0]:
+            try:
+                report(ray.get(self._driver.progress.remote(), timeout=5))
+            except ray.exceptions.GetTimeoutError:
+                continue
+            except ray.exceptions.RayError:
+                return  # `started` tells why
 
     def stats(self) -> EngineStats:
         stats: EngineStats = ray.get(self._driver.stats.remote())
@@ -109,18 +139,117 @@ class Engine:
         stats: list[ShardStats] = ray.get(self._driver.shard_stats.remote())
         return stats
 
+    # ---- in an event loop
+
+    async def answer(self, client: Address, sequence: NewSequence) -> None:
+        """Lasts until the sequence, whose tokens go to `client`, has ended; cancelled, it aborts it.
+
+        Raises `EngineDeadError` when it cannot end any more.
+        """
+        loop = self._attach()
+        if (number := self._clients.get(client)) is None:
+            number = self._clients[client] = self._num_clients
+            self._num_clients += 1
+            self._to_driver.send(AddClient(number, client.seen_from(self.info.address.node_id)))
+        key = number, sequence.sequence
+        ended = self._pending[key] = loop.create_future()
+        self._to_driver.send(AddSequence(number, sequence))
+        try:
+            await ended
+        finally:
+            if self._pending.pop(key, None) is not None and self._death is None:
+                self._to_driver.send(Abort(number, [sequence.sequence]))
+
+    async def recover(self) -> bool:
+        """This engine does not come back."""
+        return False
+
+    async def check(self) -> EngineStats:
+        """What the driver counts; raises `EngineDeadError` if it, or a shard, is dead or stuck."""
+        self._attach()
+        timeout_s = self.config.step_timeout_s
+        try:
+            stats: EngineStats = await asyncio.wait_for(self._driver.stats.remote(), timeout_s)
+        except TimeoutError:
+            raise EngineDeadError(f"the driver has not answered for {timeout_s:g} s") from None
+        except ray.exceptions.RayError as error:
+            raise EngineDeadError(f"the driver died: {type(error).__name__}") from None
+        if stats.stalled_s > timeout_s:
+            raise EngineDeadError(f"the shards have not answered a step for {stats.stalled_s:.0f} s")
+        return stats
+
+    def _attach(self) -> asyncio.AbstractEventLoop:
+        """Ties this object to the running event loop, on first use; raises `EngineDeadError` if it is dead."""
+        if self._death is not None:
+            raise EngineDeadError(self._death)
+        if self._loop is None:
+            assert self._inbox is not None
+            self._loop = asyncio.get_running_loop()
+            for fileno in self._inbox.filenos():
+                self._loop.add_reader(fileno, self._receive)
+            self._watcher = self._loop.create_task(self._watch())
+            self._receive()
+        return self._loop
+
+    def _receive(self) -> None:
+        assert self._inbox is not None
+        for message in self._inbox.receive(timeout_s=0):
+            match message:
+                case Ended():
+                    for key in message.sequences:
+                        self._end(key)
+                case ClientGone():
+                    self._clients = {a: number for a, number in self._clients.items() if number != message.client}
+                    for key in [key for key in self._pending if key[0] == message.client]:
+                        self._end(key, "the connection to the client has broken")
+                case EngineDied():
+                    self._fail(message.reason)
+
+    def _end(self, key: tuple[int, int], reason: str | None = None) -> None:
+        future = self._pending.pop(key, None)
+        if future is None or future.done():
+            return
+        if reason is None:
+            future.set_result(None)
+        else:
+            future.set_exception(EngineDeadError(reason))
+
+    def _fail(self, reason: str) -> None:
+        if self._death is None:
+            self._death = reason
+            for key in tuple(self._pending):
+                self._end(key, reason)
+
+    async def _watch(self) -> None:
+        """Fails all sequences when the driver is gone: ZeroMQ would not tell."""
+        try:
+            await self._ended
+            self._fail("the engine was stopped")
+        except Exception as error:
+            await asyncio.sleep(0.1)  # its own last words say more
+            self._fail(f"the driver died: {type(error).__name__}")
+
     def close(self) -> None:
         """Frees everything: actors, resources, and Ray if this engine started it. May be called twice."""
-        if self.ended is not None:
+        self._fail("the engine was closed")
+        if self._inbox is not None:
+            if self._loop is not None and not self._loop.is_closed():
+                for fileno in self._inbox.filenos():
+                    self._loop.remove_reader(fileno)
+                self._watcher.cancel()
+            self._inbox.close()
+            self._inbox = None
+        if self._ended is not None:
+            self._to_driver.close(linger_s=1)
             self._driver.stop.remote()
-            ray.wait([self.ended], timeout=STOP_TIMEOUT_S)
-            self.ended = None
+            ray.wait([self._ended], timeout=STOP_TIMEOUT_S)
+            self._ended = None
         if self._driver is not None:
             ray.kill(self._driver)  # shards are its own: Ray ends them with it
             self._driver = None
-        if self._placement_group is not None:
-            placement.release(self._placement_group)
-            self._placement_group = None
+        if self._own_group is not None:
+            placement.release(self._own_group)
+            self._own_group = None
         if self._started_ray:
             ray.shutdown()
             self._started_ray = False

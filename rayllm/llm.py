@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from rayllm.async_llm import AsyncLLM, Prompt
+from rayllm.async_llm import AsyncLLM
+from rayllm.client import Prompt
 from rayllm.errors import EngineDeadError, UsageError
 from rayllm.output import Increment
 from rayllm.sampling_params import SamplingParams
@@ -70,7 +71,7 @@ class LLM:
             raise UsageError(
                 f"{len(sampling_params)} sampling params for {len(prompt_list)} prompts: give one, or one for each"
             )
-        token_ids = [self.async_llm.prepare(p, s) for p, s in zip(prompt_list, sampling_params, strict=True)]
+        token_ids = [self.async_llm.client.prepare(p, s) for p, s in zip(prompt_list, sampling_params, strict=True)]
         with _Rates(len(prompt_list), use_tqdm) as rates:
             return self._run(lambda: self._generate_all(token_ids, sampling_params, rates))
 
@@ -96,7 +97,7 @@ class LLM:
 
     async def _generate(self, prompt: list[int], params: SamplingParams, rates: _Rates) -> dict[str, Any]:
         choices: list[dict[str, Any]] = [{"text": "", "token_ids": []} for _ in range(params.n)]
-        async for increment in self.async_llm.answer(prompt, params):
+        async for increment in self.async_llm.client.answer([prompt], params):
             choice = choices[increment.index]
             if not choice["token_ids"]:
                 choice["num_cached_tokens"] = increment.num_cached_tokens

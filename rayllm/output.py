@@ -21,6 +21,8 @@ class Increment:
     num_prompt_tokens: int
     num_cached_tokens: int
     """Prompt tokens whose KV came from the prefix cache."""
+    queue_s: float
+    """How long the choice waited in the engine before it was computed."""
     finish_reason: str | None = None
     """stop or length, in the last increment."""
     stop_reason: int | str | None = None
@@ -38,12 +40,15 @@ class Choice:
     `include_stop_str_in_output`), and tokens sampled after the one that completed it are dropped.
     """
 
-    def __init__(self, index: int, num_prompt_tokens: int, params: SamplingParams, tokenizer: Tokenizer | None):
-        self.is_ended = False
-        """The driver has said the last of it."""
+    def __init__(
+        self, index: int, prompt_token_ids: list[int], params: SamplingParams, seed: int, tokenizer: Tokenizer | None
+    ):
+        self.prompt_token_ids = prompt_token_ids
+        self.params = params
+        self.seed = seed
+        self.token_ids: list[int] = []
+        """Of the output so far: with the prompt, all that another engine needs to go on."""
         self._index = index
-        self._num_prompt_tokens = num_prompt_tokens
-        self._params = params
         self._stops = params.stop_strings
         self._detokenizer = Detokenizer(tokenizer, params.skip_special_tokens) if tokenizer else None
         self._updates: list[SequenceUpdate] = []
@@ -53,7 +58,7 @@ class Choice:
 
     def add(self, update: SequenceUpdate) -> None:
         self._updates.append(update)
-        self.is_ended |= update.finish_reason is not None
+        self.token_ids += update.token_ids
 
     def take(self) -> Increment | None:
         """What came since the last call; None if nothing did."""
@@ -74,13 +79,14 @@ class Choice:
             if stop is not None:
                 break
         last = updates[-1]
-        stop_token = last.stop_token_id if last.stop_token_id in self._params.stop_token_ids else None
+        stop_token = last.stop_token_id if last.stop_token_id in self.params.stop_token_ids else None
         return Increment(
             index=self._index,
             text=text,
             token_ids=token_ids,
-            num_prompt_tokens=self._num_prompt_tokens,
+            num_prompt_tokens=len(self.prompt_token_ids),
             num_cached_tokens=last.num_cached_tokens,
+            queue_s=last.queue_s,
             finish_reason=last.finish_reason if stop is None else "stop",
             stop_reason=stop_token if stop is None else stop,
             logprobs=logprobs,
@@ -90,20 +96,20 @@ class Choice:
     def _decode(self, update: SequenceUpdate) -> str:
         if self._detokenizer is None:
             return ""
-        is_shown = update.stop_token_id is None or self._params.include_stop_str_in_output
+        is_shown = update.stop_token_id is None or self.params.include_stop_str_in_output
         text = self._detokenizer.add(update.token_ids if is_shown else update.token_ids[:-1])
         return text + self._detokenizer.flush() if update.finish_reason else text
 
     def _find_stop(self, num_old: int) -> str | None:
         """The stop string that ends first after `num_old` characters of the held text, which is cut there."""
-        if self._num_tokens < self._params.min_tokens:
+        if self._num_tokens < self.params.min_tokens:
             return None
         starts = [(self._held.find(stop, max(0, num_old - len(stop) + 1)), stop) for stop in self._stops]
         found = [(start + len(stop), start, stop) for start, stop in starts if start >= 0]
         if not found:
             return None
         end, start, stop = min(found)
-        self._held = self._held[: end if self._params.include_stop_str_in_output else start]
+        self._held = self._held[: end if self.params.include_stop_str_in_output else start]
         return stop
 
     def _release(self, is_last: bool) -> str:

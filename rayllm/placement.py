@@ -168,6 +168,10 @@ def _wait(group: PlacementGroup, bundles: list[Resources], timeout_s: float, pro
             bar.update(elapsed - bar.n)
 
 
+def has_many_nodes() -> bool:
+    return len(_nodes()) > 1
+
+
 def _nodes() -> list[Resources]:
     """The resources, taken or not, of each living node."""
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
+
+from tqdm import tqdm
 
 T = TypeVar("T")
 
@@ -42,3 +44,18 @@ class Tracker:
         for done, item in enumerate(items):
             self.progress = Progress(stage, done, len(items))
             yield item
+
+
+class ProgressBar:
+    """Shows on stderr, in one line that vanishes at the end, how far work elsewhere is."""
+
+    def __enter__(self) -> Callable[[Progress], None]:
+        self._bar = tqdm(leave=False, bar_format="{desc} {bar} {n_fmt}/{total_fmt} [{elapsed}]")
+        return self._show
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.close()
+
+    def _show(self, progress: Progress) -> None:
+        self._bar.total, self._bar.n = progress.total, progress.done
+        self._bar.set_description_str(progress.stage)

@@ -7,6 +7,7 @@ sequence that decodes its one token, then fills the budget with chunks of prompt
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from dataclasses import dataclass
 
@@ -66,6 +67,12 @@ class Scheduler:
             seq.prompt_logprobs = [None] * seq.num_prompt_tokens
         self.sequences[seq.client, seq.sequence] = seq
         self.waiting.append(seq)
+
+    def abort_all(self, client: int) -> None:
+        """Aborts whatever the client has asked for."""
+        for owner, sequence in list(self.sequences):
+            if owner == client:
+                self.abort(client, sequence)
 
     def abort(self, client: int, sequence: int) -> None:
         """Frees the sequence's blocks at once. One that is unknown (it just finished) is ignored."""
@@ -141,6 +148,7 @@ class Scheduler:
         seq.num_computed_tokens = len(cached) * self.blocks.block_size
         if seq.num_cached_tokens < 0:
             seq.num_cached_tokens = seq.num_computed_tokens
+            seq.queue_s = time.monotonic() - seq.arrival
         seq.lane = self._free_lanes.pop()
         seq.status = SequenceStatus.RUNNING
         self.running.append(seq)
@@ -213,6 +221,7 @@ class Scheduler:
             finish_reason=finish_reason,
             stop_token_id=token_id if stopped else None,
             num_cached_tokens=seq.num_cached_tokens,
+            queue_s=seq.queue_s,
             logprobs=[logprobs] if logprobs else [],
             prompt_logprobs=prompt_logprobs,
         )

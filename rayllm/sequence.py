@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import time
 from dataclasses import dataclass, field
 
 from rayllm.sampling_params import SamplingParams
@@ -50,11 +51,15 @@ class Sequence:
     cache_salt: str | None = None
     status: SequenceStatus = SequenceStatus.WAITING
     lane: int = -1
-    num_prompt_tokens: int = 0
+    num_prompt_tokens: int = -1
+    """-1: all of `token_ids`."""
     num_computed_tokens: int = 0
     """Tokens whose KV exists once all steps sent are done."""
     num_cached_tokens: int = -1
     """Of the first admission; -1 before it."""
+    arrival: float = field(default_factory=time.monotonic)
+    queue_s: float = 0.0
+    """From arrival to the first admission."""
     num_pending: int = 0
     """Tokens that steps in flight will sample."""
     block_table: list[int] = field(default_factory=list)
@@ -67,7 +72,8 @@ class Sequence:
     prompt_logprobs: list[Logprobs | None] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.num_prompt_tokens = len(self.token_ids)
+        if self.num_prompt_tokens < 0:
+            self.num_prompt_tokens = len(self.token_ids)
 
     @property
     def num_tokens(self) -> int:

@@ -18,7 +18,7 @@ from rayllm.config import EngineConfig
 from rayllm.model_source import ModelSource
 from rayllm.progress import Progress, Tracker
 from rayllm.step import ShardFailed, StepInput, Stop
-from rayllm.transport import Receiver, Sender, local_host
+from rayllm.transport import Address, Receiver, Sender, local_host
 
 if TYPE_CHECKING:
     from rayllm.model_runner import PendingOutput
@@ -76,7 +76,7 @@ class Shard:
         self._tracker.stage("measuring memory")
         return self.runner.count_blocks()
 
-    def start(self, num_blocks: int, host: str | None) -> tuple[str, str]:
+    def start(self, num_blocks: int, host: str | None) -> tuple[Address, str]:
         """Makes the KV cache and captures graphs; returns the address that steps are to be sent to, and what prefill
         attention runs on, with the reason if that is not the fastest there is.
 
@@ -85,7 +85,7 @@ class Shard:
         self.runner.allocate(num_blocks)
         self.runner.capture(self._tracker.track)
         self._inbox: Receiver[StepInput | Stop] = Receiver(StepInput | Stop, host)
-        return self._inbox.address, self.runner.prefill_backend
+        return self._inbox.address(ray.get_runtime_context().get_node_id()), self.runner.prefill_backend
 
     @ray.method(concurrency_group="control")
     def progress(self) -> Progress:
@@ -95,9 +95,10 @@ class Shard:
     def stats(self) -> ShardStats:
         return ShardStats(os.getpid(), self.bytes_read, self.device.peak_memory())
 
-    def run(self, driver_address: str) -> None:
+    def run(self, driver: Address) -> None:
         """Executes steps until told to stop. Rank 0 answers on a thread of its own, so that the next step is launched
         while the last one's tokens are awaited. A failure is reported to the driver, then raised."""
+        driver_address = driver.seen_from(ray.get_runtime_context().get_node_id())
         answers: queue.SimpleQueue[PendingOutput | None] = queue.SimpleQueue()
         thread = threading.Thread(target=self._answer, args=(answers, driver_address), daemon=True)
         thread.start()

@@ -1,9 +1,9 @@
 """What crosses between processes: plain data, encoded by msgspec.
 
-`StepInput` and `StepOutput` are all that passes between driver and shards; the rest passes between the driver and
-its clients (the processes that own requests). Every message carries the engine's incarnation, so that one from
-before a restart is recognised. A *lane* is the index of a running sequence's state on the shards,
-0 ≤ lane < max_num_seqs.
+`StepInput` and `StepOutput` are all that passes between driver and shards; the rest passes between the driver, its
+owner (the process that started the engine and admits requests) and its clients (those that get the tokens). What
+answers a step carries the engine's incarnation, so that one from before a restart is recognised. A *lane* is the
+index of a running sequence's state on the shards, 0 ≤ lane < max_num_seqs.
 """
 
 from __future__ import annotations
@@ -109,16 +109,27 @@ class AddClient(Message, frozen=True, array_like=True):
     address: str
 
 
-class AddSequence(Message, frozen=True, array_like=True):
+class ClientGone(Message, frozen=True, array_like=True):
+    """The client's process has ended; comes from the transport, and goes on to the owner."""
+
     client: int
+
+
+class NewSequence(msgspec.Struct, frozen=True, array_like=True):
     sequence: int
     """Unique within the client."""
-    prompt_token_ids: bytes
-    """Of `pack_ids`."""
+    token_ids: bytes
+    """Of `pack_ids`: the prompt, then what an engine before this one answered."""
+    num_prompt_tokens: int
     params: SamplingParams
     seed: int
     cache_salt: str | None = None
     """Sequences share cached blocks only with those of the same salt."""
+
+
+class AddSequence(Message, frozen=True, array_like=True):
+    client: int
+    new: NewSequence
 
 
 class Abort(Message, frozen=True, array_like=True):
@@ -130,7 +141,7 @@ class Stop(Message, frozen=True, array_like=True):
     """Ends the driver's loop."""
 
 
-DriverMessage = StepOutput | ShardFailed | AddClient | AddSequence | Abort | Stop
+DriverMessage = StepOutput | ShardFailed | AddClient | ClientGone | AddSequence | Abort | Stop
 
 # driver → client
 
@@ -144,6 +155,8 @@ class SequenceUpdate(msgspec.Struct, frozen=True, array_like=True):
     """stop, length or abort."""
     stop_token_id: int | None = None
     num_cached_tokens: int = 0
+    queue_s: float = 0.0
+    """How long the sequence waited for its first admission."""
     logprobs: list[Logprobs] = []
     prompt_logprobs: list[Logprobs] = []
     """With the first token only; the entry of the prompt's first token is left out."""
@@ -154,9 +167,18 @@ class Updates(Message, frozen=True, array_like=True):
     updates: list[SequenceUpdate]
 
 
+# driver → owner
+
+
+class Ended(Message, frozen=True, array_like=True):
+    """Sequences that a step brought to their end."""
+
+    sequences: list[tuple[int, int]]
+    """(client, sequence)"""
+
+
 class EngineDied(Message, frozen=True, array_like=True):
-    incarnation: int
     reason: str
 
 
-ClientMessage = Updates | EngineDied
+OwnerMessage = Ended | ClientGone | EngineDied

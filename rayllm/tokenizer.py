@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rayllm.config import EngineConfig
 from rayllm.errors import UsageError
 from rayllm.gguf_index import converted
+from rayllm.model_source import ModelSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -78,6 +80,15 @@ class Tokenizer:
         except (TemplateError, ValueError, TypeError, KeyError) as error:
             raise UsageError(f"the chat template refuses these messages: {error}") from error
         return self.encode(text, add_special_tokens=False)  # the template writes them itself
+
+
+def load_tokenizer(config: EngineConfig, source: ModelSource) -> Tokenizer | None:
+    """The tokenizer that the arguments name, or else the model's own; None if they skip it."""
+    if config.skip_tokenizer_init:
+        return None
+    if (path := config.tokenizer or source.tokenizer_path) is None:
+        raise UsageError(f"{source.path} has no tokenizer: name one with tokenizer, or set skip_tokenizer_init")
+    return Tokenizer.from_source(path)
 
 
 class Detokenizer:

@@ -7,6 +7,7 @@ for one without also watching it through Ray.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import tempfile
@@ -18,47 +19,86 @@ import zmq
 M = TypeVar("M")
 
 HIGH_WATER_MARK = 100_000
-"""Messages queued for a peer that does not read, before sends block."""
+"""Messages queued for a peer that does not read, before sends fail."""
+
+HEARTBEAT_MS = 5_000
+"""How often peers are asked whether they are there: a node that vanishes closes no connection."""
+
+
+class Address(msgspec.Struct, frozen=True):
+    """Of an inbox that other nodes may reach."""
+
+    node_id: str
+    """Of Ray."""
+    local: str
+    remote: str | None
+
+    def seen_from(self, node_id: str) -> str:
+        if node_id == self.node_id:
+            return self.local
+        assert self.remote is not None, "the inbox is open to its own node only"
+        return self.remote
 
 
 class Receiver(Generic[M]):
-    """The inbox of one thread. `address` is where senders connect; `host` None binds to this node only."""
+    """The inbox of one thread.
+
+    Senders of this node connect to `local`; with `host`, those of other nodes to `remote`. A remote address holds
+    the public key of a CURVE connection: encrypted, and closed to whoever was not told the address.
+    """
 
     def __init__(self, message_type: Any, host: str | None = None):
         self._decoder: msgspec.msgpack.Decoder[M] = msgspec.msgpack.Decoder(message_type)
-        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PULL)
-        self._socket.set_hwm(HIGH_WATER_MARK)
-        self._socket.setsockopt(zmq.LINGER, 0)
-        self._folder: str | None = None
-        if host is None:
-            self._folder = tempfile.mkdtemp(prefix="rayllm-", dir="/tmp")  # mode 0700; short: paths end at 107 bytes
-            self.address = f"ipc://{self._folder}/{os.getpid()}"
-            self._socket.bind(self.address)
-        else:
-            self.address = f"tcp://{host}:{self._socket.bind_to_random_port(f'tcp://{host}')}"
+        self._folder = tempfile.mkdtemp(prefix="rayllm-", dir="/tmp")  # mode 0700; short: paths end at 107 bytes
+        self.local = f"ipc://{self._folder}/{os.getpid()}"
+        self.remote: str | None = None
+        self._sockets = [_socket(zmq.PULL)]
+        self._sockets[0].bind(self.local)
+        if host is not None:
+            public, secret = zmq.curve_keypair()
+            self._sockets.append(_socket(zmq.PULL, curve_server=1, curve_secretkey=secret))
+            port = self._sockets[1].bind_to_random_port(f"tcp://{host}")
+            self.remote = f"tcp://{host}:{port} {public.decode()}"
+        self._poller = zmq.Poller()
+        for own in self._sockets:
+            self._poller.register(own, zmq.POLLIN)
+        self._watched: dict[Any, tuple[Sender, M]] = {}
+
+    def address(self, node_id: str) -> Address:
+        return Address(node_id, self.local, self.remote)
+
+    def watch(self, sender: Sender, message: M) -> None:
+        """`receive` returns `message` when the receiver that `sender` is connected to has gone."""
+        monitor = sender.monitor()
+        self._watched[monitor] = sender, message
+        self._poller.register(monitor, zmq.POLLIN)
 
     def receive(self, timeout_s: float | None = None) -> list[M]:
         """All messages that are there; waits for the first at most `timeout_s` (None: for ever, 0: not at all)."""
         messages: list[M] = []
-        if timeout_s != 0 and not self._socket.poll(None if timeout_s is None else int(timeout_s * 1000)):
-            return messages
-        try:
-            while True:
-                messages.append(self._decoder.decode(self._socket.recv(zmq.NOBLOCK)))
-        except zmq.Again:
-            return messages
+        for ready, _ in self._poller.poll(None if timeout_s is None else int(timeout_s * 1000)):
+            if ready in self._watched:
+                self._poller.unregister(ready)
+                sender, message = self._watched.pop(ready)
+                sender.close()
+                messages.append(message)
+                continue
+            with contextlib.suppress(zmq.Again):
+                while True:
+                    messages.append(self._decoder.decode(ready.recv(zmq.NOBLOCK)))
+        return messages
 
-    def fileno(self) -> int:
-        """For event loops: readable when messages may have come; then `receive(0)` takes them all."""
-        return self._socket.fileno()
+    def filenos(self) -> list[int]:
+        """For event loops: one is readable when messages may have come; then `receive(0)` takes them all."""
+        return [own.fileno() for own in self._sockets]
 
     def close(self) -> None:
-        self._socket.close()
-        if self._folder:
-            path = self.address.removeprefix("ipc://")
-            if os.path.exists(path):
-                os.unlink(path)
-            os.rmdir(self._folder)
+        for own in self._sockets:
+            own.close()
+        path = self.local.removeprefix("ipc://")
+        if os.path.exists(path):
+            os.unlink(path)
+        os.rmdir(self._folder)
 
 
 class Sender:
@@ -66,17 +106,37 @@ class Sender:
 
     def __init__(self, address: str):
         self._encoder = msgspec.msgpack.Encoder()
-        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PUSH)
-        self._socket.set_hwm(HIGH_WATER_MARK)
-        self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.connect(address)
+        endpoint, _, server_key = address.partition(" ")
+        options: dict[str, Any] = {}
+        if server_key:
+            public, secret = zmq.curve_keypair()
+            options = {"curve_serverkey": server_key.encode(), "curve_publickey": public, "curve_secretkey": secret}
+        self._socket = _socket(zmq.PUSH, **options)
+        self._socket.connect(endpoint)
 
     def send(self, message: msgspec.Struct) -> None:
-        self._socket.send(self._encoder.encode(message))
+        """Never waits; raises `zmq.Again` when the receiver is `HIGH_WATER_MARK` messages behind."""
+        self._socket.send(self._encoder.encode(message), zmq.NOBLOCK)
+
+    def monitor(self) -> Any:
+        """A socket that is readable when the connection has broken."""
+        return self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
 
     def close(self, linger_s: float = 0) -> None:
         """What is not delivered after `linger_s` is dropped."""
-        self._socket.close(linger=int(linger_s * 1000))
+        if not self._socket.closed:
+            self._socket.disable_monitor()
+            self._socket.close(linger=int(linger_s * 1000))
+
+
+def _socket(kind: int, **options: Any) -> Any:
+    new: Any = zmq.Context.instance().socket(kind)
+    new.set_hwm(HIGH_WATER_MARK)
+    new.setsockopt(zmq.LINGER, 0)
+    new.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
+    for name, value in options.items():
+        setattr(new, name, value)
+    return new
 
 
 def local_host() -> str:

@@ -40,7 +40,7 @@ LENGTH = 32
 def test_smollm2(engines, reference):
     """20 prompts of very different lengths, batched and chunked."""
     llm = engines("smollm2", **SMOLLM2)
-    prompts = [llm.async_llm.prepare(prompt, greedy(64)) for prompt in PROMPTS]
+    prompts = [llm.async_llm.client.prepare(prompt, greedy(64)) for prompt in PROMPTS]
     results = llm.generate(PROMPTS, greedy(64), use_tqdm=False)
     reference("smollm2").check_greedy(prompts, tokens_of(results), 64)
     assert {result["finish_reason"] for result in results} == {"length"}
@@ -49,7 +49,7 @@ def test_smollm2(engines, reference):
 def test_smollm2_on_three_shards(engines, reference):
     """9 query heads, 3 KV heads; each shard reads its third of the file and needs a third of the weights' memory."""
     whole = engines("smollm2", **SMOLLM2)
-    prompts = [whole.async_llm.prepare(prompt, greedy(24)) for prompt in PROMPTS[2::4]]
+    prompts = [whole.async_llm.client.prepare(prompt, greedy(24)) for prompt in PROMPTS[2::4]]
     [alone] = whole.async_llm.engine.shard_stats()
     split = engines("smollm2", 3, **SMOLLM2)
     results = split.generate(PROMPTS[2::4], greedy(24), use_tqdm=False)

@@ -158,7 +158,7 @@ def test_end_of_sequence(llm: LLM, reference):
     assert EOS not in late["token_ids"][:39]
     assert len(late["token_ids"]) >= 40
     assert len(ignored["token_ids"]) == 50
-    reference("smollm2").check_greedy([llm.async_llm.prepare(CHAT, greedy(1))], [ignored["token_ids"]], 50)
+    reference("smollm2").check_greedy([llm.async_llm.client.prepare(CHAT, greedy(1))], [ignored["token_ids"]], 50)
 
 
 def test_unbounded_answer_ends_with_the_context(llm: LLM):

@@ -21,9 +21,12 @@ from rayllm.step import (
     Abort,
     AddClient,
     AddSequence,
-    ClientMessage,
+    ClientGone,
     DriverMessage,
+    Ended,
     EngineDied,
+    NewSequence,
+    OwnerMessage,
     SequenceUpdate,
     ShardFailed,
     StepInput,
@@ -61,7 +64,7 @@ class Inbox:
 
     def __init__(self, message_type: object):
         self.receiver: Receiver[Any] = Receiver(message_type)
-        self.address = self.receiver.address
+        self.address = self.receiver.local
         self._messages: deque[Any] = deque()
 
     def get(self) -> Any:
@@ -74,13 +77,15 @@ class Inbox:
 
 
 class Peers:
-    """Everyone a driver talks to: two shards, of which the first answers, and two clients."""
+    """Everyone a driver talks to: two shards, of which the first answers, its owner and two clients."""
 
     def __init__(self) -> None:
         self.driver = Driver(CONFIG, ModelSource("", "dummy", MODEL, None), INCARNATION)
         self.shards = [Inbox(StepInput | Stop) for _ in range(2)]
         # what Driver.start does with the help of Ray
         self.driver._inbox = Receiver(DriverMessage)
+        self.owner = Inbox(OwnerMessage)
+        self.driver._owner = Sender(self.owner.address)
         self.driver._senders = [Sender(shard.address) for shard in self.shards]
         self.driver.scheduler = Scheduler(
             num_blocks=16,
@@ -90,8 +95,8 @@ class Peers:
             max_model_len=64,
             incarnation=INCARNATION,
         )
-        self.to_driver = Sender(self.driver._inbox.address)
-        self.clients = [Inbox(ClientMessage) for _ in range(2)]
+        self.to_driver = Sender(self.driver._inbox.local)
+        self.clients = [Inbox(Updates) for _ in range(2)]
         for number, client in enumerate(self.clients):
             self.to_driver.send(AddClient(number, client.address))
         self.error: BaseException | None = None
@@ -106,7 +111,7 @@ class Peers:
 
     def add(self, sequence: int = 0, client: int = 0, max_tokens: int = 4) -> None:
         params = SamplingParams(max_tokens=max_tokens)
-        self.to_driver.send(AddSequence(client, sequence, pack_ids([1, 2, 3]), params, seed=0))
+        self.to_driver.send(AddSequence(client, NewSequence(sequence, pack_ids([1, 2, 3]), 3, params, seed=0)))
 
     def answer(self, step: StepInput, *token_ids: int, incarnation: int = INCARNATION) -> None:
         self.to_driver.send(StepOutput(incarnation, step.step, list(token_ids)))
@@ -135,7 +140,7 @@ class Peers:
     def close(self) -> None:
         self.stop()
         self.to_driver.close()
-        for inbox in (*self.shards, *self.clients):
+        for inbox in (*self.shards, *self.clients, self.owner):
             inbox.receiver.close()
 
 
@@ -233,13 +238,46 @@ def answer_out_of_turn(peers: Peers) -> None:
         (answer_out_of_turn, Exception, "driver: .*"),
     ],
 )
-def test_failure_is_told_to_all_clients(peers: Peers, fail: Callable[[Peers], None], kind: type, reason: str):
+def test_failure_is_told_to_the_owner(peers: Peers, fail: Callable[[Peers], None], kind: type, reason: str):
     fail(peers)
-    for client in peers.clients:
-        message = client.get()
-        assert isinstance(message, EngineDied)
-        assert message.incarnation == INCARNATION
-        assert re.fullmatch(reason, message.reason)
+    message = peers.owner.get()
+    assert isinstance(message, EngineDied)
+    assert re.fullmatch(reason, message.reason)
     peers.thread.join(TIMEOUT_S)
     assert isinstance(peers.error, kind)
     assert [shard.get() for shard in peers.shards] == [Stop(), Stop()]
+
+
+def test_the_owner_learns_which_sequences_ended(peers: Peers):
+    peers.add(sequence=7, client=1, max_tokens=1)
+    peers.answer(peers.step(), 4)
+    assert peers.owner.get() == Ended([(1, 7)])
+    peers.add(sequence=8, client=1, max_tokens=9)
+    peers.answer(peers.step(), 4)
+    assert peers.owner.is_silent()
+
+
+def test_a_client_that_goes_leaves_nothing(peers: Peers):
+    peers.add(sequence=0, client=1, max_tokens=40)
+    first, second = peers.step(), peers.step()
+    peers.clients.pop(1).receiver.close()
+    assert peers.owner.get() == ClientGone(1)
+    peers.add(sequence=0, client=0, max_tokens=1)
+    peers.answer(first, 1)
+    peers.answer(second, 2)
+    peers.answer(peers.step(), 3)
+    assert [u.token_ids for u in peers.updates(0)] == [[3]], "the others are served on"
+    assert peers.no_step()
+    assert peers.driver.scheduler.blocks.num_free_blocks == 16
+
+
+def test_a_sequence_goes_on_from_its_output(peers: Peers):
+    """As after the death of the engine that began it."""
+    new = NewSequence(0, pack_ids([1, 2, 3, 4, 5]), 3, SamplingParams(max_tokens=4), seed=0)
+    peers.to_driver.send(AddSequence(0, new))
+    step = peers.step()
+    [start] = step.starts
+    assert (start.num_prompt_tokens, step.chunks) == (3, [start.lane, 5])
+    peers.answer(step, 6)
+    peers.answer(peers.step(), 7)
+    assert [u.finish_reason for u in peers.updates() + peers.updates()] == [None, "length"]

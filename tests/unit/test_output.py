@@ -40,7 +40,7 @@ def updates_of(token_ids: list[int], finish_reason: str, stop_token_id: int | No
         SequenceUpdate(7, [token_id], logprobs=[Logprobs([token_id], [-float(i)], 1)], num_cached_tokens=3)
         for i, token_id in enumerate(token_ids)
     ]
-    last = SequenceUpdate(7, token_ids[-1:], finish_reason, stop_token_id, 3, updates[-1].logprobs)
+    last = SequenceUpdate(7, token_ids[-1:], finish_reason, stop_token_id, 3, logprobs=updates[-1].logprobs)
     return [*updates[:-1], last]
 
 
@@ -98,7 +98,7 @@ def test_any_split_gives_the_same(tokenizer: RayllmTokenizer, data: st.DataObjec
     texts.append(tokenizer.decode(token_ids[:-1] if is_hidden else token_ids))
     expected = expected_end(texts, stops, params.min_tokens)
 
-    choice = Choice(1, 5, params, tokenizer)
+    choice = Choice(1, [0] * 5, params, 0, tokenizer)
     updates = updates_of(token_ids, "length" if end == "length" else "stop", None if end == "length" else token_ids[-1])
     increments = run(choice, updates, data.draw(st.lists(st.integers(0, 4)), "sizes"))
     text = "".join(increment.text for increment in increments)
@@ -124,7 +124,7 @@ def test_any_split_gives_the_same(tokenizer: RayllmTokenizer, data: st.DataObjec
 def test_only_what_may_become_a_stop_string_is_held(tokenizer: RayllmTokenizer, data: st.DataObject):
     token_ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 2), max_size=12))
     stops = data.draw(st.lists(st.sampled_from(["abz", "baaz", "bz", "😀z"]), max_size=2))  # never complete
-    choice = Choice(0, 1, SamplingParams(stop=stops), tokenizer)
+    choice = Choice(0, [0], SamplingParams(stop=stops), 0, tokenizer)
     sent = ""
     for k, token_id in enumerate(token_ids, start=1):
         choice.add(SequenceUpdate(0, [token_id]))
@@ -138,10 +138,10 @@ def test_only_what_may_become_a_stop_string_is_held(tokenizer: RayllmTokenizer, 
 
 
 def test_without_a_tokenizer():
-    choice = Choice(0, 1, SamplingParams(stop_token_ids=[5]), None)
+    choice = Choice(0, [0], SamplingParams(stop_token_ids=[5]), 0, None)
     for update in updates_of([3, 4, 5], "stop", 5):
         choice.add(update)
-    assert choice.is_ended
+    assert choice.token_ids == [3, 4, 5]
     increment = choice.take()
     assert increment is not None
     assert (increment.text, increment.token_ids, increment.finish_reason) == ("", [3, 4, 5], "stop")
@@ -150,7 +150,7 @@ def test_without_a_tokenizer():
 
 def test_prompt_logprobs_come_first():
     entries = [Logprobs([1], [-0.5], 1), Logprobs([2], [-1.5], 3)]
-    choice = Choice(0, 3, SamplingParams(prompt_logprobs=0), None)
+    choice = Choice(0, [0] * 3, SamplingParams(prompt_logprobs=0), 0, None)
     choice.add(SequenceUpdate(0, [4], prompt_logprobs=entries))
     choice.add(SequenceUpdate(0, [5]))
     increment = choice.take()

@@ -14,9 +14,9 @@ from rayllm import step
 from rayllm.sampling_params import SamplingParams
 from rayllm.scheduler import Scheduler
 from rayllm.sequence import Sequence
-from rayllm.step import ClientMessage, DriverMessage, Message, StepInput, StepOutput, Stop
+from rayllm.step import DriverMessage, Message, OwnerMessage, StepInput, StepOutput, Stop, Updates
 
-INBOXES = {"shard": StepInput | Stop, "driver": DriverMessage, "client": ClientMessage}
+INBOXES = {"shard": StepInput | Stop, "driver": DriverMessage, "client": Updates, "owner": OwnerMessage}
 LEAVES = {
     bytes: st.binary(max_size=8),
     int: st.integers(-(2**63), 2**63 - 1),
@@ -44,6 +44,10 @@ PARAMS = st.builds(
 )
 
 
+def kinds(inbox) -> tuple[type, ...]:
+    return typing.get_args(inbox) or (inbox,)
+
+
 def instances(hint) -> st.SearchStrategy:
     """Random values of a type that a field has."""
     arguments = typing.get_args(hint)
@@ -53,6 +57,8 @@ def instances(hint) -> st.SearchStrategy:
         return LEAVES[hint]
     if isinstance(hint, types.UnionType):
         return st.one_of(*map(instances, arguments))
+    if typing.get_origin(hint) is tuple:
+        return st.tuples(*map(instances, arguments))
     if typing.get_origin(hint) is list:
         return st.lists(instances(*arguments), max_size=4)
     if typing.get_origin(hint) is dict:
@@ -62,7 +68,7 @@ def instances(hint) -> st.SearchStrategy:
 
 @pytest.mark.parametrize(
     ("inbox", "message_type"),
-    [(inbox, message) for inbox in INBOXES for message in typing.get_args(INBOXES[inbox])],
+    [(inbox, message) for inbox in INBOXES for message in kinds(INBOXES[inbox])],
     ids=lambda value: getattr(value, "__name__", value),
 )
 @settings(max_examples=30, deadline=None)
@@ -76,12 +82,12 @@ def test_round_trip(inbox, message_type, data):
 
 def test_every_message_has_an_inbox():
     messages = {kind for kind in vars(step).values() if isinstance(kind, type) and issubclass(kind, Message)}
-    assert messages - {Message} == {kind for inbox in INBOXES.values() for kind in typing.get_args(inbox)}
+    assert messages - {Message} == {kind for inbox in INBOXES.values() for kind in kinds(inbox)}
 
 
 def test_foreign_messages_are_refused():
     with pytest.raises(msgspec.ValidationError):
-        msgspec.msgpack.decode(msgspec.msgpack.encode(Stop()), type=ClientMessage)
+        msgspec.msgpack.decode(msgspec.msgpack.encode(Stop()), type=OwnerMessage)
 
 
 def test_decode_steps_are_small():
