@@ -118,7 +118,7 @@ class EngineConfig(Options):
         )
         check(not (self.skip_tokenizer_init and self.tokenizer), "skip_tokenizer_init", "off when a tokenizer is named")
 
-    def resolved(self, *, device: str, model_dtype: str, model_max_len: int) -> EngineConfig:
+    def resolved(self, *, device: str, model_dtype: str, model_max_len: int) -> Self:
         """This configuration with everything decided that the device and the model decide."""
         if device == "cuda" and self.block_size % 16:
             raise UsageError(f"block_size must be a multiple of 16 on a GPU, not {self.block_size}")

@@ -7,3 +7,7 @@ class UsageError(ValueError):
 
 class EngineDeadError(RuntimeError):
     """The driver or a shard died, or failed; the message names the cause."""
+
+
+class QueueFullError(RuntimeError):
+    """So much waits for the engine already that it takes no more; to be tried again later."""

@@ -17,6 +17,16 @@ if TYPE_CHECKING:
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
+def _byte_level_alphabet() -> dict[str, int]:
+    """The characters that spell bytes in GPT-2's vocabulary: itself where printable, else one from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+BYTE_LEVEL_ALPHABET = _byte_level_alphabet()
+
+
 class Tokenizer:
     """The tokenizer of a Hugging Face model, with its chat template."""
 
@@ -27,6 +37,8 @@ class Tokenizer:
         self.backend.no_padding()
         added = self.backend.get_added_tokens_decoder()
         self.special_ids = frozenset(id for id, token in added.items() if token.special)
+        self._added_ids = frozenset(added)
+        self._is_byte_level = "ByteLevel" in str(self.backend.decoder)
         # Ids of <0x00> … <0xFF>, which spell what the vocabulary of a SentencePiece model lacks.
         has_bytes = "ByteFallback" in str(self.backend.decoder)
         spelled = {self.backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256)} if has_bytes else set()
@@ -64,6 +76,21 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Ids that are no tokens are left out."""
         return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one token stands for: part of a character, perhaps. b"" for an id that is no token."""
+        token = self.backend.id_to_token(token_id)
+        if token is None:
+            return b""
+        if token_id in self.byte_ids:
+            return bytes([int(token[3:5], 16)])
+        if self._is_byte_level and token_id not in self._added_ids:
+            return bytes(BYTE_LEVEL_ALPHABET[char] for char in token)
+        return token.replace("\u2581", " ").encode()  # SentencePiece's blank
+
+    def token_text(self, token_id: int) -> str:
+        """The same as text, U+FFFD for what is no whole character."""
+        return self.token_bytes(token_id).decode(errors="replace")
 
     def apply_chat_template(self, messages: list[dict[str, Any]], **kwargs: Any) -> list[int]:
         """The prompt of a conversation; keyword arguments go to the template (`tools`, `enable_thinking`, …).

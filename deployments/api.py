@@ -1,0 +1,123 @@
+"""The Api deployment: the ingress. Serves HTTP, tokenises and detokenises; needs no GPU."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+from starlette.applications import Starlette
+from starlette.responses import Response
+
+from deployments.config import ApiConfig, ServedModel
+from deployments.http import Endpoint, make_app
+from deployments.link import ServeLink
+from deployments.metrics import ServiceMetrics, engine_values, merged
+from deployments.service import Model, Service
+from rayllm.client import Client, Prompt
+from rayllm.errors import UsageError
+from rayllm.model_source import ModelSource
+from rayllm.output import Increment
+from rayllm.sampling_params import SamplingParams
+from rayllm.tokenizer import load_tokenizer
+from rayllm.transport import local_host
+
+API = "Api"
+
+
+class ApiReplica:
+    """One process of the ingress. Its methods are also what Python handles call."""
+
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, config: ApiConfig, models: list[tuple[ServedModel, ModelSource]], engines: list[DeploymentHandle]
+    ):
+        self.config = config
+        self.metrics = ServiceMetrics()
+        self._links: dict[str, ServeLink] = {}
+        served = []
+        for (model, source), engine in zip(models, engines, strict=True):
+            link = self._links[model.name] = ServeLink(engine, config.recovery_timeout_s)
+            tokenizer = await asyncio.to_thread(load_tokenizer, model, source)
+            assert tokenizer is not None
+            client = Client(link, model, source.config, tokenizer, local_host())
+            served.append(Model(model.name, client, tokenizer, link, int(time.time())))
+        self.service = Service(served, self.metrics)
+
+    def __serve_build_asgi_app__(self) -> Starlette:
+        def observe(path: str, status: int) -> None:
+            self.metrics.responses.add(1, path, str(status))
+
+        page = Endpoint("GET", "/metrics", "Metrics of the whole application", self._metrics_page, answer=None)
+        return make_app([*self.service.endpoints(), page], self.config, observe)
+
+    async def _metrics_page(self, request_id: str) -> Response:
+        own = serve.get_deployment_handle(API, serve.get_replica_context().app_name)
+        response: Any = own.broadcast("metrics_text")
+        answers = await response.results_async(timeout_s=2, return_exceptions=True)
+        texts = [answer for answer in answers if isinstance(answer, str)]
+        engines = {
+            name: [engine_values(status.stats, status.num_blocks) for status in link.statuses]
+            for name, link in self._links.items()
+        }
+        return Response(merged(texts, engines), media_type="text/plain; version=0.0.4")
+
+    async def metrics_text(self) -> str:
+        """Of this process, in Prometheus' text format."""
+        return self.metrics.text()
+
+    async def drain(self) -> None:
+        """From now on, new requests are refused with 503."""
+        self.service.is_draining = True
+
+    # ---- for Python handles
+
+    async def generate(self, prompt: Prompt, model: str | None = None, **params: Any) -> dict[str, Any]:
+        """The answer to a text, a list of token ids or a list of chat messages.
+
+        `params` are the fields of `SamplingParams`; `model` may be left out if only one is served. The result has
+        `text`, `token_ids`, `finish_reason`, `num_prompt_tokens` and `num_cached_tokens`, and with n > 1 all of them
+        in `choices`. Raises `UsageError`, `QueueFullError` or `EngineDeadError`.
+        """
+        choices: dict[int, dict[str, Any]] = {}
+        async for increment in self.stream(prompt, model, **params):
+            choice = choices.setdefault(increment["index"], {"text": "", "token_ids": []})
+            text, token_ids = choice["text"] + increment["text"], choice["token_ids"] + increment["token_ids"]
+            choice |= increment | {"text": text, "token_ids": token_ids}
+        ordered = [choices[index] for index in sorted(choices)]
+        return ordered[0] | ({"choices": ordered} if len(ordered) > 1 else {})
+
+    async def stream(self, prompt: Prompt, model: str | None = None, **params: Any) -> AsyncIterator[dict[str, Any]]:
+        """As `generate`, in increments as they come: call it with `handle.options(stream=True)`."""
+        if model is None and len(self.service.models) > 1:
+            raise UsageError(f"model must be one of {', '.join(self.service.models)}")
+        chosen = self.service.model(model or next(iter(self.service.models)))
+        sampling = SamplingParams(**params)
+        token_ids = chosen.client.prepare(prompt, sampling)
+        async for increment in self.service.generate(chosen, [token_ids], sampling):
+            yield _as_dict(increment)
+
+
+def _as_dict(increment: Increment) -> dict[str, Any]:
+    fields = ("index", "text", "token_ids", "finish_reason", "stop_reason", "num_prompt_tokens", "num_cached_tokens")
+    return {name: getattr(increment, name) for name in fields}
+
+
+def api_deployment(
+    config: ApiConfig, models: list[tuple[ServedModel, ModelSource]], engines: list[serve.Application]
+) -> serve.Application:
+    """The ingress of an application, bound to its engines; the models' devices and lengths are decided."""
+    deployment: Any = serve.deployment(
+        serve.ingress()(ApiReplica),
+        name=API,
+        num_replicas=config.api_replicas,
+        ray_actor_options={"num_cpus": 0},
+        max_ongoing_requests=1_000_000,  # engines bound their queues, and say so with 429
+        health_check_period_s=1,
+        health_check_timeout_s=30,
+        graceful_shutdown_wait_loop_s=0.5,
+        graceful_shutdown_timeout_s=config.drain_timeout_s,
+    )
+    return deployment.bind(config, models, engines)

@@ -1,0 +1,131 @@
+"""The Engine deployment: a replica owns a placement group, which Serve made for it, and in it a driver and shards."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray import serve
+
+from deployments.config import ServedModel, engine_config
+from deployments.metrics import EngineGauges
+from rayllm.client import Client
+from rayllm.driver import EngineStats
+from rayllm.engine import Engine
+from rayllm.errors import EngineDeadError, QueueFullError
+from rayllm.model_source import ModelSource
+from rayllm.progress import Progress
+from rayllm.sampling_params import SamplingParams
+from rayllm.step import NewSequence
+from rayllm.transport import Address
+
+logger = logging.getLogger("ray.serve")
+
+BYTES_OF_ID = 4
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a sequence was not answered. Returned, not raised: Serve would log a traceback of what is no fault."""
+
+    reason: str
+    is_full: bool
+    """Of the queue; otherwise the engine died."""
+
+    def error(self) -> Exception:
+        return QueueFullError(self.reason) if self.is_full else EngineDeadError(self.reason)
+
+
+@dataclass(frozen=True)
+class EngineStatus:
+    """What an engine tells of itself while it is alive."""
+
+    stats: EngineStats
+    num_blocks: int
+
+
+class EngineReplica:
+    """Admits sequences to its engine; its health is the engine's."""
+
+    async def __init__(self, model: ServedModel, source: ModelSource):  # type: ignore[misc]  # Serve awaits it
+        self.model = model
+        self._stage = ""
+        self._death: str | None = None
+        loop = asyncio.get_running_loop()
+        group = ray.util.get_current_placement_group()
+        start = lambda: Engine(  # noqa: E731
+            engine_config(model), source, progress=False, placement_group=group, report=self._report
+        )
+        self.engine = await loop.run_in_executor(None, start)
+        self._capacity = self.engine.info.num_blocks * model.block_size
+        queued = model.max_queued_tokens
+        self._max_tokens = self._capacity + (4 * self._capacity if queued is None else queued)
+        self._num_sequences = self._num_tokens = 0
+        self._gauges = EngineGauges(model.name)
+        await self._produce_a_token(source)
+        logger.info(f"{model.name} is ready after {self.engine.startup_s:.1f} s: {self._capacity} tokens of KV cache")
+
+    def _report(self, progress: Progress) -> None:
+        """One line in the log for each stage of the start."""
+        if progress.stage != self._stage:
+            self._stage = progress.stage
+            logger.info(f"{self.model.name}: {progress.stage}")
+
+    async def _produce_a_token(self, source: ModelSource) -> None:
+        client = Client(self.engine, self.engine.config, source.config, tokenizer=None)
+        async for _ in client.answer([[0]], SamplingParams(max_tokens=1, ignore_eos=True)):
+            pass
+        client.close()
+
+    async def answer(self, client: Address, sequence: NewSequence) -> Refusal | None:
+        """Lasts until the sequence, whose tokens go to `client`, has ended; cancelled, it aborts it."""
+        num_tokens = len(sequence.token_ids) // BYTES_OF_ID
+        waiting = self._num_sequences - self.model.max_num_seqs
+        if waiting >= self.model.max_queued_requests:
+            return Refusal(f"{waiting} requests are waiting already", is_full=True)
+        if self._num_sequences and self._num_tokens + num_tokens > self._max_tokens:
+            return Refusal(f"prompts of {self._num_tokens} tokens are running or waiting already", is_full=True)
+        self._num_sequences += 1
+        self._num_tokens += num_tokens
+        try:
+            await self.engine.answer(client, sequence)
+            return None
+        except EngineDeadError as error:
+            return Refusal(str(error), is_full=False)
+        finally:
+            self._num_sequences -= 1
+            self._num_tokens -= num_tokens
+
+    async def status(self) -> EngineStatus | Refusal:
+        try:
+            return EngineStatus(await self.engine.check(), self.engine.info.num_blocks)
+        except EngineDeadError as error:
+            return Refusal(str(error), is_full=False)
+
+    async def check_health(self) -> None:
+        """Called by Serve, which replaces a replica whose check raises."""
+        self._gauges.set(await self.engine.check(), self.engine.info.num_blocks)
+
+
+def engine_deployment(model: ServedModel, source: ModelSource, name: str, drain_timeout_s: float) -> serve.Application:
+    """`model`, whose device is decided, as a deployment called `name`; shard i gets bundle i, the replica bundle 0."""
+    first, other = ({"CPU": 1, "GPU": 1}, {"GPU": 1}) if model.device == "cuda" else ({"CPU": 1}, {"CPU": 1})
+    deployment: Any = serve.deployment(
+        EngineReplica,
+        name=name,
+        num_replicas=model.num_replicas,
+        ray_actor_options={"num_cpus": 0},
+        placement_group_bundles=[first] + [other] * (model.tensor_parallel_size - 1),
+        placement_group_strategy="STRICT_PACK",
+        max_ongoing_requests=1_000_000,  # the replica itself bounds its queue
+        health_check_period_s=1,
+        health_check_timeout_s=2 * model.step_timeout_s,
+        graceful_shutdown_wait_loop_s=0.5,
+        graceful_shutdown_timeout_s=drain_timeout_s,
+        max_constructor_retry_count=1,
+        logging_config={"enable_access_log": False},
+    )
+    return deployment.bind(model, source)

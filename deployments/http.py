@@ -1,0 +1,245 @@
+"""HTTP: routes, bodies, errors and their OpenAPI description, all made of one table of endpoints."""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route
+
+from deployments.config import ApiConfig
+from deployments.protocol import ChatRequest, CompletionRequest, ErrorBody, ErrorDetail
+from rayllm.errors import EngineDeadError, QueueFullError, UsageError
+
+logger = logging.getLogger("ray.serve")
+
+RETRY_AFTER_S = {429: "1", 503: "5"}
+REQUEST_ID = "x-request-id"
+ERROR_STATUSES = {
+    400: "A field is wrong; `error.param` names it",
+    401: "No valid API key",
+    404: "No such model or path",
+    405: "No such method",
+    413: "The body is too large",
+    429: "Too much is waiting already: try again after `Retry-After` seconds",
+    500: "A fault of the server",
+    503: "There is no engine at present: try again after `Retry-After` seconds",
+}
+
+FIELDS = {*CompletionRequest.__struct_fields__, *ChatRequest.__struct_fields__}
+
+_encode = msgspec.json.encode
+
+
+class ApiError(Exception):
+    """An answer with an error body."""
+
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
+        super().__init__(message)
+        self.status = status
+        self.detail = ErrorDetail(message, _error_type(status), param, code)
+
+
+def _error_type(status: int) -> str:
+    if status == 401:
+        return "authentication_error"
+    if status == 429:
+        return "rate_limit_error"
+    return "invalid_request_error" if status < 500 else "server_error"
+
+
+def error_of(error: Exception) -> ApiError:
+    """What the client is told of an exception."""
+    match error:
+        case ApiError():
+            return error
+        case msgspec.ValidationError():
+            return ApiError(400, *_explain(str(error)))
+        case msgspec.DecodeError():
+            return ApiError(400, f"the body is not valid JSON: {error}")
+        case UnicodeDecodeError():
+            return ApiError(400, "the body is not valid UTF-8")
+        case UsageError():
+            first_word = str(error).split(" ", 1)[0]
+            return ApiError(400, str(error), first_word if first_word in FIELDS else None)
+        case QueueFullError():
+            return ApiError(429, str(error), code="queue_full")
+        case EngineDeadError():
+            return ApiError(503, str(error), code="engine_unavailable")
+        case HTTPException():
+            return ApiError(error.status_code, error.detail.lower())
+    logger.error("an unexpected error", exc_info=error)
+    return ApiError(500, "the server failed on this request; its log says why", code="internal_error")
+
+
+def _explain(message: str) -> tuple[str, str | None]:
+    """msgspec's message in our words, and the field that it is about."""
+    what, _, place = message.partition(" - at ")
+    path = re.sub(r"^(`key` in )?`\$\.?(.*)`$", r"\2", place)
+    if unknown := re.fullmatch(r"Object contains unknown field `(.*)`", what):
+        field = f"{path}.{unknown[1]}" if path else unknown[1]
+        return f"{field} is not supported by this server", field
+    if missing := re.fullmatch(r"Object missing required field `(.*)`", what):
+        field = f"{path}.{missing[1]}" if path else missing[1]
+        return f"{field} is missing", field
+    what = what[:1].lower() + what[1:]
+    return (f"{path}: {what}", path) if path else (what, None)
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    method: str
+    path: str
+    summary: str
+    handler: Callable[..., Awaitable[Any]]
+    """Takes the body, decoded as `body`, if there is one, and the path's parameters."""
+    answer: Any
+    """The type of what the handler returns; None for plain text."""
+    body: Any = None
+    chunk: Any = None
+    """The type of a stream's events, for endpoints that stream."""
+    is_open: bool = False
+    """No API key is asked for."""
+    statuses: tuple[int, ...] = ()
+    """Errors that it may answer with, beside those that all may."""
+
+
+class Events:
+    """An answer as a stream of server-sent events."""
+
+    def __init__(self, chunks: AsyncIterator[Iterable[msgspec.Struct]]):
+        self.chunks = chunks
+
+    async def encoded(self) -> AsyncIterator[bytes]:
+        try:
+            async for structs in self.chunks:
+                if events := b"".join(b"data: " + _encode(struct) + b"\n\n" for struct in structs):
+                    yield events
+            yield b"data: [DONE]\n\n"
+        except Exception as error:  # the status is sent already
+            yield b"data: " + _encode(ErrorBody(error_of(error).detail)) + b"\n\n"
+
+
+def make_app(endpoints: list[Endpoint], config: ApiConfig, observe: Callable[[str, int], None]) -> Starlette:
+    """The ASGI application; `observe` is told each answer's path and status."""
+    keys = [key.encode() for key in config.api_keys]
+    schema = _encode(openapi(endpoints, bool(keys)))
+
+    def check_key(request: Request) -> None:
+        given = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
+        if keys and not any([hmac.compare_digest(given, key) for key in keys]):  # all, whichever fits
+            raise ApiError(401, "give a valid API key: Authorization: Bearer KEY", code="invalid_api_key")
+
+    async def read_body(request: Request) -> bytes:
+        body = bytearray()
+        async for part in request.stream():
+            body += part
+            if len(body) > config.max_body_bytes:
+                raise ApiError(413, f"the body is larger than {config.max_body_bytes} bytes")
+        return bytes(body)
+
+    def route(endpoint: Endpoint) -> Route:
+        decoder = msgspec.json.Decoder(endpoint.body) if endpoint.body else None
+        path = re.sub(r"\{(\w+)\}", r"{\1:path}", endpoint.path)
+
+        async def answer(request: Request) -> Response:
+            try:
+                if not endpoint.is_open:
+                    check_key(request)
+                arguments = dict(request.path_params)
+                if decoder:
+                    arguments["body"] = decoder.decode(await read_body(request))
+                response = _response(await endpoint.handler(request.headers.get(REQUEST_ID, ""), **arguments))
+            except ClientDisconnect:
+                response = Response(status_code=499)
+            except Exception as error:
+                response = _error_response(error_of(error))
+            observe(endpoint.path, response.status_code)
+            return response
+
+        return Route(path, answer, methods=[endpoint.method])
+
+    async def describe(request: Request) -> Response:
+        return Response(schema, media_type="application/json")
+
+    async def refuse(request: Request, error: Exception) -> Response:
+        response = _error_response(error_of(error), getattr(error, "headers", None))
+        observe("", response.status_code)
+        return response
+
+    routes = [Route("/openapi.json", describe), *map(route, endpoints)]
+    return Starlette(routes=routes, exception_handlers={HTTPException: refuse})
+
+
+def _response(answer: Any) -> Response:
+    if isinstance(answer, Response):
+        return answer
+    if isinstance(answer, Events):
+        return StreamingResponse(
+            answer.encoded(), media_type="text/event-stream", headers={"cache-control": "no-cache"}
+        )
+    return Response(_encode(answer), media_type="application/json")
+
+
+def _error_response(error: ApiError, headers: Any = None) -> Response:
+    headers = dict(headers or {})
+    if error.status in RETRY_AFTER_S:
+        headers["retry-after"] = RETRY_AFTER_S[error.status]
+    if error.status == 401:
+        headers["www-authenticate"] = "Bearer"
+    return Response(_encode(ErrorBody(error.detail)), error.status, headers, "application/json")
+
+
+# ---- OpenAPI
+
+
+def openapi(endpoints: list[Endpoint], asks_for_keys: bool) -> dict[str, Any]:
+    """The OpenAPI 3.1 description of the endpoints."""
+    types = [t for e in endpoints for t in (e.body, e.answer, e.chunk) if t is not None]
+    types = list(dict.fromkeys([*types, ErrorBody]))
+    schemas, components = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
+    reference = dict(zip(types, schemas, strict=True))
+    paths: dict[str, Any] = {}
+    for endpoint in endpoints:
+        content = (
+            {"application/json": {"schema": reference[endpoint.answer]}} if endpoint.answer else {"text/plain": {}}
+        )
+        if endpoint.chunk:
+            stream = f"`data:` events of the schema {endpoint.chunk.__name__}, then `data: [DONE]`"
+            content["text/event-stream"] = {"schema": {"type": "string", "description": stream}}
+        responses: dict[str, Any] = {"200": {"description": endpoint.summary, "content": content}}
+        statuses = [*endpoint.statuses, 405, 500] + ([400, 413] if endpoint.body else [])
+        statuses += [401] if asks_for_keys and not endpoint.is_open else []
+        for status in sorted(statuses):
+            error = {"application/json": {"schema": reference[ErrorBody]}}
+            responses[str(status)] = {"description": ERROR_STATUSES[status], "content": error}
+        operation: dict[str, Any] = {"summary": endpoint.summary, "responses": responses}
+        if names := re.findall(r"\{(\w+)\}", endpoint.path):
+            text = {"type": "string", "minLength": 1}
+            operation["parameters"] = [{"name": n, "in": "path", "required": True, "schema": text} for n in names]
+        if endpoint.body:
+            body = {"application/json": {"schema": reference[endpoint.body]}}
+            operation["requestBody"] = {"required": True, "content": body}
+        if endpoint.is_open:
+            operation["security"] = []
+        paths.setdefault(endpoint.path, {})[endpoint.method.lower()] = operation
+    schema: dict[str, Any] = {
+        "openapi": "3.1.0",
+        "info": {"title": "rayllm", "version": version("rayllm")},
+        "paths": paths,
+        "components": {"schemas": components},
+    }
+    if asks_for_keys:
+        schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        schema["security"] = [{"key": []}]
+    return schema
