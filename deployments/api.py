@@ -68,9 +68,10 @@ class ApiReplica:
         """Of this process, in Prometheus' text format."""
         return self.metrics.text()
 
-    async def drain(self) -> None:
-        """From now on, new requests are refused with 503."""
+    async def drain(self) -> int:
+        """From now on, new requests are refused with 503; returns how many are still answered."""
         self.service.is_draining = True
+        return self.service.num_running
 
     # ---- for Python handles
 

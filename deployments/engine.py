@@ -7,8 +7,10 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import ray
 from ray import serve
+from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 
 from deployments.config import ServedModel, engine_config
 from deployments.metrics import EngineGauges
@@ -25,6 +27,7 @@ from rayllm.transport import Address
 logger = logging.getLogger("ray.serve")
 
 BYTES_OF_ID = 4
+PROGRESS_NAMESPACE = b"rayllm"
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,16 @@ class EngineStatus:
 
     stats: EngineStats
     num_blocks: int
+
+
+def write_progress(name: str, progress: Progress) -> None:
+    """For whoever waits for the engine of model `name`: a replica that starts cannot be called yet."""
+    _internal_kv_put(name, msgspec.json.encode(progress), overwrite=True, namespace=PROGRESS_NAMESPACE)
+
+
+def read_progress(name: str) -> Progress | None:
+    found = _internal_kv_get(name, namespace=PROGRESS_NAMESPACE)
+    return msgspec.json.decode(found, type=Progress) if found else None
 
 
 class EngineReplica:
@@ -73,6 +86,7 @@ class EngineReplica:
         if progress.stage != self._stage:
             self._stage = progress.stage
             logger.info(f"{self.model.name}: {progress.stage}")
+        write_progress(self.model.name, progress)
 
     async def _produce_a_token(self, source: ModelSource) -> None:
         client = Client(self.engine, self.engine.config, source.config, tokenizer=None)

@@ -66,6 +66,7 @@ class Service:
         self.models = {model.name: model for model in models}
         self.metrics = metrics
         self.is_draining = False
+        self.num_running = 0
 
     def model(self, name: str) -> Model:
         """Raises `ApiError` for a name that is not served."""
@@ -84,11 +85,15 @@ class Service:
             raise EngineDeadError("the service is shutting down")
         if model.state.trouble:
             raise EngineDeadError(f"{model.name} is not available: {model.state.trouble}")
-        with RequestTimer(self.metrics, model.name, prompts) as timer:
-            async with aclosing(model.client.answer(prompts, params, cache_salt)) as increments:
-                async for increment in increments:
-                    timer.add(increment)
-                    yield increment
+        self.num_running += 1
+        try:
+            with RequestTimer(self.metrics, model.name, prompts) as timer:
+                async with aclosing(model.client.answer(prompts, params, cache_salt)) as increments:
+                    async for increment in increments:
+                        timer.add(increment)
+                        yield increment
+        finally:
+            self.num_running -= 1
 
     # ---- completions
 

@@ -1,4 +1,4 @@
-"""The command line: `rayllm generate` and `rayllm chat`."""
+"""The command line: `rayllm generate`, `rayllm chat` and `rayllm serve`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 import time
 from typing import Any, NoReturn
 
+from deployments.config import ApiConfig, ServedModel
 from rayllm import config
 from rayllm.client import Prompt
 from rayllm.errors import EngineDeadError, UsageError
@@ -35,6 +36,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0, 1 when the engine failed, 2 when what was asked cannot work."""
     options = _parser().parse_args(arguments)
     try:
+        if options.command == serve:
+            serve(options)
+            return 0
         engine = dataclasses.asdict(config.from_arguments(options))
         params = SamplingParams(
             **{name: getattr(options, name) for name in SAMPLING_FLAGS}, seed=options.request_seed, stop=options.stop
@@ -98,6 +102,13 @@ def chat(llm: LLM, options: argparse.Namespace, params: SamplingParams) -> None:
         print("\n")
 
 
+def serve(options: argparse.Namespace) -> None:
+    """Serves a model over HTTP, as OpenAI's API."""
+    from deployments.command import run  # brings Ray Serve along
+
+    run(options)
+
+
 def _read_line() -> str | None:
     """None when the input has ended."""
     while True:
@@ -113,14 +124,22 @@ def _read_line() -> str | None:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="rayllm", description="Large language models on Ray.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
-    for command in (generate, chat):
-        summary = (command.__doc__ or "").splitlines()[0]
+    for function in (generate, chat, serve):
+        summary = (function.__doc__ or "").splitlines()[0]
         sub = commands.add_parser(
-            command.__name__, help=summary, description=summary, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+            function.__name__, help=summary, description=summary, formatter_class=argparse.ArgumentDefaultsHelpFormatter
         )
-        sub.set_defaults(command=command)
+        sub.set_defaults(command=function)
         sub.add_argument("model", help="a model folder, a .gguf file or a Hub id")
-        if command is generate:
+        if function is serve:
+            service = sub.add_argument_group("service")
+            _flag(service, "host", default="127.0.0.1", help="where to listen; 0.0.0.0 opens it to the network")
+            _flag(service, "port", type=int, default=8000, help="where to listen")
+            _flag(service, "address", help="of a running Ray cluster; default: start Ray here")
+            config.add_arguments(service, ApiConfig)
+            config.add_arguments(sub.add_argument_group("model"), ServedModel)
+            continue
+        if function is generate:
             sub.add_argument("--prompt", help="what to answer; default: the standard input")
             sub.add_argument("--raw", action="store_true", help="continue the text; no chat template")
         else:

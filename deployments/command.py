@@ -1,0 +1,120 @@
+"""`rayllm serve`: starts the service, shows how far it is, and ends it in order."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+from typing import Any
+
+os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")  # a Ray that is started here writes its logs to files only
+
+import ray
+from ray import serve
+from ray.serve.schema import ApplicationStatus
+
+from deployments.api import API
+from deployments.config import ApiConfig, ServedModel
+from deployments.engine import read_progress
+from deployments.openai_api import build
+from rayllm import placement
+from rayllm.config import from_arguments
+from rayllm.errors import EngineDeadError, UsageError
+from rayllm.progress import ProgressBar
+
+APP = "rayllm"
+POLL_S = 0.3
+DRAIN_POLL_S = 0.2
+
+
+def run(options: argparse.Namespace) -> None:
+    """Serves until SIGINT or SIGTERM; then refuses what is new, and ends when what runs has ended.
+
+    Raises `UsageError` for what cannot work and `EngineDeadError` when the service fails to start, or ends.
+    """
+    config, model = from_arguments(options, ApiConfig), from_arguments(options, ServedModel)
+    _check_port(options.host, options.port)
+    started_ray = placement.connect(options.address, min_cpus=model.tensor_parallel_size)
+    stopped = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):  # after Ray, which sets its own
+        signal.signal(number, lambda *_: stopped.set())
+    try:
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        arguments = {name: getattr(part, name) for part in (config, model) for name in part.names()}
+        app = build(arguments)
+        serve.start(http_options={"host": options.host, "port": options.port})
+        serve.run_many([serve.RunTarget(app, name=APP, route_prefix="/")], wait_for_applications_running=False)
+        started = time.monotonic()
+        if _wait(model.name, stopped):
+            seconds = time.monotonic() - started
+            host = "127.0.0.1" if options.host == "0.0.0.0" else options.host
+            print(f"{model.name} is served at http://{host}:{options.port}/v1 (started in {seconds:.0f} s)", flush=True)
+            _watch(stopped)
+            _drain(config.drain_timeout_s)
+    finally:
+        with contextlib.suppress(Exception):
+            serve.delete(APP)
+        if started_ray:
+            ray.shutdown()
+
+
+def _check_port(host: str, port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except (OSError, OverflowError) as error:
+            raise UsageError(f"cannot listen at {host}:{port} ({error}): choose another --host or --port") from None
+
+
+def _status() -> Any:
+    return serve.status().applications.get(APP)
+
+
+def _wait(name: str, stopped: threading.Event) -> bool:
+    """Until the service runs; False if it was stopped before."""
+    with ProgressBar() as show:
+        while not stopped.wait(POLL_S):
+            app = _status()
+            if app is not None and app.status == ApplicationStatus.RUNNING:
+                return True
+            if app is not None and app.status == ApplicationStatus.DEPLOY_FAILED:
+                raise _failure(app)
+            if progress := read_progress(name):
+                show(progress)
+    return False
+
+
+def _failure(app: Any) -> Exception:
+    """The error that ended the start, in one line."""
+    messages = [app.message, *(deployment.message for deployment in app.deployments.values())]
+    lines = [line.strip() for message in messages for line in message.splitlines()]
+    for kind, error in (("UsageError: ", UsageError), ("EngineDeadError: ", EngineDeadError)):
+        for line in lines:
+            if kind in line:
+                return error(line.rpartition(kind)[2])
+    return EngineDeadError(f"the service failed to start: {lines[-1] if lines else 'see the logs of Ray Serve'}")
+
+
+def _watch(stopped: threading.Event) -> None:
+    """Until a signal comes; Serve restarts what dies."""
+    while not stopped.wait(POLL_S):
+        if _status() is None:
+            raise EngineDeadError("the service was deleted")
+
+
+def _drain(timeout_s: float) -> None:
+    """New requests get 503 from now on; returns when the running ones have ended, or after `timeout_s`."""
+    api = serve.get_deployment_handle(API, APP)
+    deadline = time.monotonic() + timeout_s
+    with contextlib.suppress(Exception):  # whatever is gone need not be waited for
+        while time.monotonic() < deadline:
+            response: Any = api.broadcast("drain")
+            if not sum(response.results(timeout_s=5)):
+                return
+            time.sleep(DRAIN_POLL_S)
