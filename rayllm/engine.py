@@ -165,18 +165,23 @@ class Engine:
         return False
 
     async def check(self) -> EngineStats:
-        """What the driver counts; raises `EngineDeadError` if it, or a shard, is dead or stuck."""
+        """What the driver counts; raises `EngineDeadError` if it, or a shard, is dead or stuck.
+
+        An engine that is found stuck counts as dead from then on.
+        """
         self._attach()
         timeout_s = self.config.step_timeout_s
         try:
             stats: EngineStats = await asyncio.wait_for(self._driver.stats.remote(), timeout_s)
+            if stats.stalled_s <= timeout_s:
+                return stats
+            reason = f"the shards have not answered a step for {stats.stalled_s:.0f} s"
         except TimeoutError:
-            raise EngineDeadError(f"the driver has not answered for {timeout_s:g} s") from None
+            reason = f"the driver has not answered for {timeout_s:g} s"
         except ray.exceptions.RayError as error:
-            raise EngineDeadError(f"the driver died: {type(error).__name__}") from None
-        if stats.stalled_s > timeout_s:
-            raise EngineDeadError(f"the shards have not answered a step for {stats.stalled_s:.0f} s")
-        return stats
+            reason = f"the driver died: {type(error).__name__}"
+        self._fail(reason)
+        raise EngineDeadError(reason)
 
     def _attach(self) -> asyncio.AbstractEventLoop:
         """Ties this object to the running event loop, on first use; raises `EngineDeadError` if it is dead."""

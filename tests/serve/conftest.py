@@ -1,0 +1,97 @@
+"""A Ray of its own with Serve, and applications on it that tests share."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import transformers
+from ray import serve
+from serve_testing import Service, eventually
+
+from deployments.openai_api import build
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="package")
+def host() -> Iterator[str]:
+    """Where Serve listens."""
+    ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    port = free_port()
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    yield f"http://127.0.0.1:{port}"
+    serve.shutdown()
+    ray.shutdown()
+
+
+@pytest.fixture(scope="package")
+def tiny_text_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of random weights that is quick, with the vocabulary of SmolLM2's tokenizer."""
+    import torch
+
+    config = transformers.LlamaConfig(
+        vocab_size=49152,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        initializer_range=0.3,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    folder = tmp_path_factory.mktemp("tiny-text")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="package")
+def deploy(host: str) -> Iterator[Callable[..., Service]]:
+    """Runs an application of these arguments; one of the same name is replaced."""
+    names = set()
+
+    def run(name: str, **arguments: Any) -> Service:
+        names.add(name)
+        serve.run(build({"device": "cpu"} | arguments), name=name, route_prefix=f"/{name}")
+        service = Service(f"{host}/{name}", name)
+        eventually(lambda: service.http.get("/health").status_code == 200, 10, "the service to be healthy")
+        return service
+
+    yield run
+    for name in names:
+        serve.delete(name)
+
+
+@pytest.fixture(scope="package")
+def smol(deploy: Callable[..., Service], smollm2: Path) -> Service:
+    """Serves a model that can write, as "smol"."""
+    arguments = {"max_model_len": 512, "block_size": 16, "max_num_seqs": 16}
+    return deploy("smol", model=str(smollm2), served_model_name="smol", **arguments)
+
+
+@pytest.fixture(scope="package")
+def tiny(deploy: Callable[..., Service], smollm2: Path, tiny_text_model: Path) -> Service:
+    """Serves a quick model, as "org/tiny"."""
+    return deploy(
+        "tiny",
+        model=str(tiny_text_model),
+        tokenizer=str(smollm2),
+        served_model_name="org/tiny",
+        block_size=16,
+        max_num_seqs=64,
+        max_num_batched_tokens=512,
+        num_gpu_blocks_override=1024,
+    )
