@@ -37,6 +37,8 @@ class ApiReplica:
         self.config = config
         self.metrics = ServiceMetrics()
         self._links: dict[str, ServeLink] = {}
+        self._texts: dict[str, str] = {}
+        """The last metrics of every Api process: a sum must not fall when one is late."""
         served = []
         for (model, source), engine in zip(models, engines, strict=True):
             link = self._links[model.name] = ServeLink(engine, config.recovery_timeout_s)
@@ -51,22 +53,22 @@ class ApiReplica:
             self.metrics.responses.add(1, path, str(status))
 
         page = Endpoint("GET", "/metrics", "Metrics of the whole application", self._metrics_page, answer=None)
-        return make_app([*self.service.endpoints(), page], self.config, observe)
+        return make_app([*self.service.endpoints(), page], list(self.service.models), self.config, observe)
 
     async def _metrics_page(self, request_id: str) -> Response:
         own = serve.get_deployment_handle(API, serve.get_replica_context().app_name)
         response: Any = own.broadcast("metrics_text")
         answers = await response.results_async(timeout_s=2, return_exceptions=True)
-        texts = [answer for answer in answers if isinstance(answer, str)]
+        self._texts |= {answer[0]: answer[1] for answer in answers if isinstance(answer, tuple)}
         engines = {
             name: [engine_values(status.stats, status.num_blocks) for status in link.statuses]
             for name, link in self._links.items()
         }
-        return Response(merged(texts, engines), media_type="text/plain; version=0.0.4")
+        return Response(merged(self._texts.values(), engines), media_type="text/plain; version=0.0.4")
 
-    async def metrics_text(self) -> str:
-        """Of this process, in Prometheus' text format."""
-        return self.metrics.text()
+    async def metrics_text(self) -> tuple[str, str]:
+        """This process's name, and its metrics in Prometheus' text format."""
+        return serve.get_replica_context().replica_tag, self.metrics.text()
 
     async def drain(self) -> int:
         """From now on, new requests are refused with 503; returns how many are still answered."""

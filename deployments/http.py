@@ -130,10 +130,12 @@ class Events:
             yield b"data: " + _encode(ErrorBody(error_of(error).detail)) + b"\n\n"
 
 
-def make_app(endpoints: list[Endpoint], config: ApiConfig, observe: Callable[[str, int], None]) -> Starlette:
+def make_app(
+    endpoints: list[Endpoint], models: list[str], config: ApiConfig, observe: Callable[[str, int], None]
+) -> Starlette:
     """The ASGI application; `observe` is told each answer's path and status."""
     keys = [key.encode() for key in config.api_keys]
-    schema = _encode(openapi(endpoints, bool(keys)))
+    schema = _encode(openapi(endpoints, models, bool(keys)))
 
     def check_key(request: Request) -> None:
         given = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
@@ -203,12 +205,15 @@ def _error_response(error: ApiError, headers: Any = None) -> Response:
 # ---- OpenAPI
 
 
-def openapi(endpoints: list[Endpoint], asks_for_keys: bool) -> dict[str, Any]:
+def openapi(endpoints: list[Endpoint], models: list[str], asks_for_keys: bool) -> dict[str, Any]:
     """The OpenAPI 3.1 description of the endpoints."""
     types = [t for e in endpoints for t in (e.body, e.answer, e.chunk) if t is not None]
     types = list(dict.fromkeys([*types, ErrorBody]))
     schemas, components = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
     reference = dict(zip(types, schemas, strict=True))
+    for endpoint in endpoints:
+        if endpoint.body:
+            components[endpoint.body.__name__]["properties"]["model"]["enum"] = models
     paths: dict[str, Any] = {}
     for endpoint in endpoints:
         content = (

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import prometheus_client
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.parser import text_string_to_metric_families
 from ray.util import metrics as ray_metrics
 
@@ -119,12 +119,12 @@ class RequestTimer:
 
 
 class EngineGauges:
-    """An engine's state, for Ray."""
+    """An engine's state, for Ray, whose counters cannot be set."""
 
     def __init__(self, model: str):
         self._gauges = {
             name: ray_metrics.Gauge(f"rayllm_{name}", doc, ("model",)).set_default_tags({"model": model})
-            for name, doc in ENGINE_GAUGES.items()
+            for name, doc in ENGINE_METRICS.items()
         }
 
     def set(self, stats: EngineStats, num_blocks: int) -> None:
@@ -139,7 +139,7 @@ class _Collected:
         self.collect = collect
 
 
-ENGINE_GAUGES = {
+ENGINE_METRICS = {
     "running_sequences": "Sequences that run",
     "waiting_sequences": "Sequences that wait for room",
     "kv_blocks_used": "KV cache blocks that sequences hold",
@@ -147,13 +147,14 @@ ENGINE_GAUGES = {
     "preemptions": "Preemptions since the engine started",
     "steps": "Steps since the engine started",
 }
+ENGINE_COUNTERS = {"preemptions", "steps"}
 
 
 def engine_values(stats: EngineStats, num_blocks: int) -> dict[str, float]:
-    """In the order of `ENGINE_GAUGES`."""
+    """In the order of `ENGINE_METRICS`."""
     used = num_blocks - stats.num_free_blocks
     values = (stats.num_running, stats.num_waiting, used, num_blocks, stats.num_preemptions, stats.num_steps)
-    return dict(zip(ENGINE_GAUGES, map(float, values), strict=True))
+    return dict(zip(ENGINE_METRICS, map(float, values), strict=True))
 
 
 def merged(texts: Iterable[str], engines: dict[str, list[dict[str, float]]]) -> bytes:
@@ -162,12 +163,13 @@ def merged(texts: Iterable[str], engines: dict[str, list[dict[str, float]]]) -> 
     totals: dict[str, dict[tuple[Any, ...], float]] = {}
     for text in texts:
         for family in text_string_to_metric_families(text):
+            if family.name.endswith("_created"):
+                continue
             families.setdefault(family.name, family)
             values = totals.setdefault(family.name, {})
             for sample in family.samples:
-                if not sample.name.endswith("_created"):
-                    key = sample.name, *sorted(sample.labels.items())
-                    values[key] = values.get(key, 0) + sample.value
+                key = sample.name, *sorted(sample.labels.items())
+                values[key] = values.get(key, 0) + sample.value
 
     def collect() -> Iterator[Metric]:
         for name, family in families.items():
@@ -175,11 +177,12 @@ def merged(texts: Iterable[str], engines: dict[str, list[dict[str, float]]]) -> 
             for (sample, *labels), value in totals[name].items():
                 whole.add_sample(sample, dict(labels), value)
             yield whole
-        for name, doc in ENGINE_GAUGES.items():
-            gauge = GaugeMetricFamily(f"rayllm_{name}", doc, labels=["model", "engine"])
+        for name, doc in ENGINE_METRICS.items():
+            kind = CounterMetricFamily if name in ENGINE_COUNTERS else GaugeMetricFamily
+            of_engines = kind(f"rayllm_{name}", doc, labels=["model", "engine"])
             for model, states in engines.items():
                 for i, state in enumerate(states):
-                    gauge.add_metric([model, str(i)], state[name])
-            yield gauge
+                    of_engines.add_metric([model, str(i)], state[name])
+            yield of_engines
 
     return prometheus_client.generate_latest(_Collected(collect))

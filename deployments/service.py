@@ -14,6 +14,7 @@ from deployments.completions import ChatWriter, CompletionWriter, Writer, chat_p
 from deployments.http import ApiError, Endpoint, Events
 from deployments.metrics import RequestTimer, ServiceMetrics
 from deployments.protocol import (
+    MAX_CHOICES,
     ChatChunk,
     ChatCompletion,
     ChatRequest,
@@ -30,7 +31,7 @@ from deployments.protocol import (
     Version,
 )
 from rayllm.client import Client
-from rayllm.errors import EngineDeadError
+from rayllm.errors import EngineDeadError, UsageError
 from rayllm.output import Increment
 from rayllm.sampling_params import SamplingParams
 from rayllm.tokenizer import Tokenizer
@@ -79,6 +80,8 @@ class Service:
         self, model: Model, prompts: Sequence[list[int]], params: SamplingParams, cache_salt: str | None = None
     ) -> AsyncGenerator[Increment]:
         """`Client.answer`, refused while there is no engine, and measured."""
+        if len(prompts) * params.n > MAX_CHOICES:
+            raise UsageError(f"n must be at most {MAX_CHOICES} over all prompts, not {len(prompts)} times {params.n}")
         for prompt in prompts:
             model.client.check(prompt, params)
         if self.is_draining:

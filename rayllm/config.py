@@ -33,7 +33,7 @@ class Options:
                 kinds = [typing.get_origin(kind) or kind for kind in _kinds(hint)]
                 kind = type(getattr(self, name))
                 fits = kind in kinds or (kind is int and float in kinds)
-                self.check(fits, name, " or ".join(k.__name__.removesuffix("Type") for k in kinds))
+                self.check(fits, name, " or ".join(map(_kind_name, kinds)))
 
     def check(self, ok: bool, name: str, allowed: str) -> None:
         if not ok:
@@ -172,6 +172,10 @@ def _hints(cls: type[Options]) -> dict[str, Any]:
 def _kinds(hint: Any) -> tuple[Any, ...]:
     """The types of a union, None last, or the one type."""
     return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+
+
+def _kind_name(kind: type) -> str:
+    return "list" if kind is tuple else kind.__name__.removesuffix("Type")
 
 
 def _choices(hint: Any) -> list[str] | None:

@@ -21,7 +21,7 @@ from rayllm.model_source import ModelSource
 from rayllm.progress import Progress, ProgressBar
 from rayllm.shard import ShardStats
 from rayllm.step import Abort, AddClient, AddSequence, ClientGone, Ended, EngineDied, NewSequence, OwnerMessage
-from rayllm.transport import Address, Receiver, Sender, local_host
+from rayllm.transport import Address, Receiver, Sender, local_host, remove_abandoned
 
 logger = logging.getLogger("rayllm")
 
@@ -91,6 +91,7 @@ class Engine:
 
     def _start(self, group: PlacementGroup, report: Callable[[Progress], None] | None) -> EngineInfo:
         node_id = ray.get_runtime_context().get_node_id()
+        remove_abandoned()
         self._inbox = Receiver(OwnerMessage, self.host)
         driver_class = ray.remote(num_cpus=0, concurrency_groups={"control": 2})(Driver)
         bundle_0 = PlacementGroupSchedulingStrategy(group, 0)

@@ -8,9 +8,13 @@ for one without also watching it through Ray.
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import glob
 import os
+import shutil
 import socket
 import tempfile
+import time
 from typing import Any, Generic, TypeVar
 
 import msgspec
@@ -20,6 +24,10 @@ M = TypeVar("M")
 
 HIGH_WATER_MARK = 100_000
 """Messages queued for a peer that does not read, before sends fail."""
+
+FOLDERS = "rayllm-"
+NEW_S = 60
+"""A folder this young may not be locked yet."""
 
 HEARTBEAT_MS = 5_000
 """How often peers are asked whether they are there: a node that vanishes closes no connection."""
@@ -49,7 +57,8 @@ class Receiver(Generic[M]):
 
     def __init__(self, message_type: Any, host: str | None = None):
         self._decoder: msgspec.msgpack.Decoder[M] = msgspec.msgpack.Decoder(message_type)
-        self._folder = tempfile.mkdtemp(prefix="rayllm-", dir="/tmp")  # mode 0700; short: paths end at 107 bytes
+        self._folder = tempfile.mkdtemp(prefix=FOLDERS, dir="/tmp")  # mode 0700; short: paths end at 107 bytes
+        self._lock = _lock(self._folder)
         self.local = f"ipc://{self._folder}/{os.getpid()}"
         self.remote: str | None = None
         self._sockets = [_socket(zmq.PULL)]
@@ -95,10 +104,8 @@ class Receiver(Generic[M]):
     def close(self) -> None:
         for own in self._sockets:
             own.close()
-        path = self.local.removeprefix("ipc://")
-        if os.path.exists(path):
-            os.unlink(path)
-        os.rmdir(self._folder)
+        shutil.rmtree(self._folder)
+        os.close(self._lock)
 
 
 class Sender:
@@ -127,6 +134,26 @@ class Sender:
         if not self._socket.closed:
             self._socket.disable_monitor()
             self._socket.close(linger=int(linger_s * 1000))
+
+
+def remove_abandoned() -> None:
+    """Removes what killed processes left behind: their folders, whose locks nobody holds any more."""
+    for folder in glob.glob(f"/tmp/{FOLDERS}*"):
+        with contextlib.suppress(OSError):  # in use, somebody else's, or gone
+            if time.time() - os.stat(folder).st_mtime > NEW_S:
+                os.close(_lock(folder))
+                shutil.rmtree(folder)
+
+
+def _lock(folder: str) -> int:
+    """A file that is locked as long as it stays open; raises `OSError` if another process has it."""
+    lock = os.open(f"{folder}/lock", os.O_CREAT | os.O_RDWR)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        raise
+    return lock
 
 
 def _socket(kind: int, **options: Any) -> Any:

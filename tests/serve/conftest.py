@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,15 +10,9 @@ import pytest
 import ray
 import transformers
 from ray import serve
-from serve_testing import Service, eventually
+from serve_testing import Service, eventually, free_port
 
 from deployments.openai_api import build
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="package")
@@ -65,7 +58,8 @@ def deploy(host: str) -> Iterator[Callable[..., Service]]:
 
     def run(name: str, **arguments: Any) -> Service:
         names.add(name)
-        serve.run(build({"device": "cpu"} | arguments), name=name, route_prefix=f"/{name}")
+        device = {} if "models" in arguments else {"device": "cpu"}
+        serve.run(build(device | arguments), name=name, route_prefix=f"/{name}")
         service = Service(f"{host}/{name}", name)
         eventually(lambda: service.http.get("/health").status_code == 200, 10, "the service to be healthy")
         return service

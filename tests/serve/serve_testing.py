@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import re
+import socket
 import time
 from collections.abc import Callable
 
 import httpx
 from openai import OpenAI
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 class Service:

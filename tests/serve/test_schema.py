@@ -1,0 +1,59 @@
+"""The live server against its own OpenAPI description: generated requests, right and wrong."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from schemathesis import checks
+from schemathesis.generation import GenerationMode
+from serve_testing import Service
+
+
+@pytest.fixture(scope="module")
+def service(deploy, tiny_text_model, smollm2) -> Service:
+    return deploy(
+        "schema",
+        model=str(tiny_text_model),
+        tokenizer=str(smollm2),
+        served_model_name="tiny",
+        max_model_len=48,
+        block_size=16,
+        max_num_seqs=128,
+    )
+
+
+@pytest.fixture(scope="module")
+def described(service: Service) -> Any:
+    return schemathesis.openapi.from_url(f"{service.url}/openapi.json", wait_for_schema=5)
+
+
+ENDPOINTS = [
+    *[("POST", path) for path in ("/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize")],
+    *[("GET", path) for path in ("/v1/models", "/v1/models/{model}", "/health", "/version", "/metrics")],
+]
+
+
+@pytest.mark.parametrize("mode", list(GenerationMode))
+@pytest.mark.parametrize(("method", "path"), ENDPOINTS)
+def test_answers_are_as_described(service: Service, described: Any, method: str, path: str, mode: GenerationMode):
+    """No 5xx, nothing outside the schema, nothing wrong accepted."""
+    operation = described[path][method]
+    if mode is GenerationMode.NEGATIVE and not operation.body:
+        pytest.skip("nothing can be wrong")
+
+    @settings(max_examples=40 if method == "POST" else 5, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(case=operation.as_strategy(generation_mode=mode))
+    def check(case: Any) -> None:
+        response = case.call(base_url=service.url)
+        # rules between fields (min_tokens ≤ max_tokens, say) refuse what each field's schema allows
+        case.validate_response(response, excluded_checks=[checks.positive_data_acceptance])
+
+    check()
+
+
+def test_every_endpoint_is_described(described: Any):
+    found = {(operation.ok().method.upper(), operation.ok().path) for operation in described.get_all_operations()}
+    assert found == set(ENDPOINTS)

@@ -1,0 +1,205 @@
+"""What is beside OpenAI's fields: keys, limits, several models, metrics, Python handles, the command lines."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from openai import OpenAI
+from prometheus_client.parser import text_string_to_metric_families
+from ray import serve
+from serve_testing import Service, eventually, free_port
+
+TINY: dict[str, Any] = {"model": "org/tiny", "prompt": [5, 6, 7], "max_tokens": 4, "ignore_eos": True}
+RAYLLM = [sys.executable, "-m", "rayllm.cli"]
+
+
+@pytest.fixture(scope="module")
+def two(deploy, tiny_text_model: Path, smollm2: Path) -> Service:
+    """Two models behind a key, with small limits."""
+    common = {
+        "tokenizer": str(smollm2),
+        "model": str(tiny_text_model),
+        "num_gpu_blocks_override": 64,
+        "block_size": 16,
+        "device": "cpu",
+    }
+    first = common | {"served_model_name": "first", "max_model_len": 64}
+    second = common | {"served_model_name": "second", "max_model_len": 128, "seed": 1}
+    models = [first, second]
+    return deploy("two", models=models, api_keys=["secret", "other"], max_body_bytes=2000)
+
+
+def test_keys(two: Service):
+    assert two.http.get("/health").status_code == 200, "load balancers have no key"
+    for headers in ({}, {"authorization": "Bearer secre"}, {"authorization": "Basic secret"}):
+        for path in ("/v1/models", "/metrics"):
+            answer = two.http.get(path, headers=headers)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
+    for key in ("secret", "other"):
+        client = OpenAI(base_url=f"{two.url}/v1", api_key=key)
+        assert [model.id for model in client.models.list()] == ["first", "second"]
+    with pytest.raises(openai.AuthenticationError):
+        OpenAI(base_url=f"{two.url}/v1", api_key="x").models.list()
+
+
+def test_models_are_chosen_by_name(two: Service):
+    client = OpenAI(base_url=f"{two.url}/v1", api_key="secret")
+    for name, length in (("first", 64), ("second", 128)):
+        assert client.models.retrieve(name).model_dump()["max_model_len"] == length
+        answer = client.completions.create(model=name, prompt=[5] * 60, max_tokens=50)
+        assert answer.model == name
+        assert answer.usage is not None and answer.usage.total_tokens == min(length, 110)
+    described = two.http.get("/openapi.json").json()
+    assert described["components"]["schemas"]["ChatRequest"]["properties"]["model"]["enum"] == ["first", "second"]
+
+
+def test_large_bodies(two: Service):
+    answer = two.http.post("/v1/completions", content=b" " * 2001, headers={"authorization": "Bearer secret"})
+    assert (answer.status_code, answer.json()["error"]["type"]) == (413, "invalid_request_error")
+
+
+def test_metrics(tiny: Service):
+    def read() -> dict[str, float]:
+        values: dict[str, float] = {}
+        for family in text_string_to_metric_families(tiny.http.get("/metrics").text):
+            for sample in family.samples:
+                values[sample.name] = values.get(sample.name, 0) + sample.value
+        return values
+
+    before = read()
+    prompt = list(range(1000, 1040))
+    for _ in range(2):
+        tiny.http.post("/v1/completions", json=TINY | {"prompt": prompt, "n": 2}).raise_for_status()
+    tiny.http.post("/v1/completions", json={})
+    eventually(lambda: read()["rayllm_steps_total"] > before["rayllm_steps_total"], 5, "the engine's own numbers")
+    after = read()
+
+    def risen(name: str) -> float:
+        return after[name] - before.get(name, 0)
+
+    assert risen("rayllm_requests_total") == 4
+    assert risen("rayllm_prompt_tokens_total") == 80
+    assert risen("rayllm_output_tokens_total") == 16
+    assert risen("rayllm_cached_prompt_tokens_total") >= 64
+    assert risen("rayllm_time_to_first_token_seconds_count") == 2
+    assert risen("rayllm_request_seconds_count") == 2
+    assert risen("rayllm_queue_seconds_count") == 4
+    assert risen("rayllm_time_per_output_token_seconds_count") == 4
+    assert risen("rayllm_http_responses_total") >= 3
+    assert after["rayllm_kv_blocks"] == 1024
+
+
+def test_python_handles(tiny: Service):
+    """As the README shows them."""
+    handle = serve.get_app_handle("tiny")
+    prompt = [5, 6, 7]
+    answer = handle.generate.remote(prompt, max_tokens=4, temperature=0, ignore_eos=True).result()
+    assert answer["finish_reason"] == "length"
+    assert len(answer["token_ids"]) == 4
+    pieces = list(handle.options(stream=True).stream.remote(prompt, max_tokens=4, temperature=0, ignore_eos=True))
+    assert "".join(piece["text"] for piece in pieces) == answer["text"]
+    both = handle.generate.remote(prompt, max_tokens=4, n=2, seed=1).result()
+    assert [choice["index"] for choice in both["choices"]] == [0, 1]
+    with pytest.raises(Exception, match="temperature must be 0 to 100, not -1"):
+        handle.generate.remote(prompt, temperature=-1).result()
+    tiny.assert_idle()
+
+
+# Command lines
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["modle=x"], "unknown engine argument modle: did you mean model?"),
+        ([], "model must be a model folder"),
+        (["model=nowhere.gguf"], "no file nowhere.gguf"),
+        (["model=SMOL", "tensor_parallel_size=two"], "tensor_parallel_size must be int, not 'two'"),
+        (["model=SMOL", "tensor_parallel_size=2"], "tensor_parallel_size 2 cannot split 9 query heads"),
+        (["model=SMOL", "max_queued_requests=-1"], "max_queued_requests must be at least 0, not -1"),
+        (["model=SMOL", "skip_tokenizer_init=true"], "skip_tokenizer_init must be off"),
+        (["model=SMOL", "api_keys=secret"], "api_keys must be list, not 'secret'"),
+        (["model=SMOL", "max_model_len=99999"], "max_model_len must be at most 8192"),
+    ],
+)
+def test_serve_run_refuses_in_one_line(smollm2: Path, arguments: list[str], message: str):
+    arguments = [argument.replace("SMOL", str(smollm2)) for argument in arguments] + ["device=cpu"]
+    program = "from ray.serve.scripts import cli; cli()"
+    command = [sys.executable, "-c", program, "run", "deployments.openai_api:build_app", *arguments]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2, ended.stderr
+    lines = [line for line in ended.stderr.splitlines() if "scripts.py" not in line]
+    assert len(lines) == 1, ended.stderr
+    assert lines[0].startswith(f"Error: {message}")
+
+
+@pytest.fixture
+def command() -> Iterator[Any]:
+    """Starts `rayllm serve`; what still runs at the end is killed."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*arguments: str) -> subprocess.Popen[str]:
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+        process = subprocess.Popen([*RAYLLM, "serve", *arguments], text=True, env=environment, **streams)  # type: ignore
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def test_rayllm_serve_until_sigterm(command, tiny_text_model: Path, smollm2: Path):
+    """Streams that run when the signal comes are finished, new requests get 503, and nothing is left."""
+    port = free_port()
+    process = command(
+        *[str(tiny_text_model), "--tokenizer", str(smollm2), "--port", str(port), "--device", "cpu"],
+        *["--served-model-name", "org/tiny", "--block-size", "16", "--num-gpu-blocks-override", "200"],
+    )
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    assert re.fullmatch(rf"org/tiny is served at http://127.0.0.1:{port}/v1 \(started in \d+ s\)\n", line), (
+        process.communicate()[1]
+    )
+    http = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)
+    with http.stream("POST", "/v1/completions", json=TINY | {"max_tokens": 1500, "stream": True}) as response:
+        lines = response.iter_lines()
+        next(lines)
+        process.send_signal(signal.SIGTERM)
+        eventually(lambda: http.get("/health").status_code == 503, 10, "the service to drain")
+        refused = http.post("/v1/completions", json=TINY)
+        assert (refused.status_code, refused.json()["error"]["message"]) == (503, "the service is shutting down")
+        assert [line for line in lines if line][-1] == "data: [DONE]"
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert "Traceback" not in err
+
+
+def test_rayllm_serve_refuses_in_one_line(command, tiny: Service, tiny_text_model: Path, smollm2: Path):
+    taken = tiny.url.rpartition(":")[2].split("/")[0]
+    common = [str(tiny_text_model), "--tokenizer", str(smollm2), "--device", "cpu"]
+    too_small = ["--num-gpu-blocks-override", "3", "--port", str(free_port())]
+    for arguments, message in (
+        (["--port", taken], f"cannot listen at 127.0.0.1:{taken}"),
+        (too_small, "not enough memory for one sequence: max_model_len=2048 needs 16 KV cache blocks"),
+    ):
+        start = time.monotonic()
+        process = command(*common, *arguments)
+        out, err = process.communicate(timeout=90)
+        assert process.returncode == 2, err
+        assert out == ""
+        assert err.splitlines()[-1].startswith(f"Error: {message}"), err
+        assert time.monotonic() - start < 90
