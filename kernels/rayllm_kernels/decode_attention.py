@@ -28,24 +28,22 @@ def decode_attention_reference(
     _, block_size, num_kv_heads, _ = k_cache.shape
     # The query heads of a KV group are rows of one attention problem.
     q = q.reshape(batch, num_kv_heads, num_heads // num_kv_heads, head_dim)
-    if bool((kv_lens == max_kv_len).all()):  # nothing to mask: whole blocks are gathered, which is faster
-        blocks = block_tables[:, : -(-max_kv_len // block_size)]
-        k, v = (cache[blocks].flatten(1, 2)[:, :max_kv_len].transpose(1, 2) for cache in (k_cache, v_cache))
+    blocks = block_tables[:, : -(-max_kv_len // block_size)]
+
+    def gather(cache: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        keys = cache.index_select(0, rows.flatten())  # copies whole rows, indexing would copy numbers
+        return keys.view(batch, -1, num_kv_heads, head_dim)[:, :max_kv_len].transpose(1, 2)
+
+    mask = torch.arange(max_kv_len, device=q.device) < kv_lens.unsqueeze(1)
+    if mask.all():
+        k, v = (gather(cache, blocks) for cache in (k_cache, v_cache))
         return F.scaled_dot_product_attention(q, k, v, scale=scale).reshape(batch, num_heads, head_dim)
-    positions = torch.arange(max_kv_len, device=q.device)
-    lengths = kv_lens.long().unsqueeze(1)
-    # Past a sequence's end its last slot is read again: the table may hold garbage there, an unused slot NaN.
-    slots = torch.minimum(positions, (lengths - 1).clamp_(min=0))
-    slots = block_tables.gather(1, slots // block_size) * block_size + slots % block_size
-    slots.masked_fill_(lengths == 0, 0)
-
-    def gather(cache: torch.Tensor) -> torch.Tensor:
-        rows = cache.view(-1, num_kv_heads * head_dim).index_select(0, slots.view(-1))
-        return rows.view(batch, max_kv_len, num_kv_heads, head_dim).transpose(1, 2)
-
-    mask = (positions < lengths)[:, None, None, :]
-    out = F.scaled_dot_product_attention(q, gather(k_cache), gather(v_cache), attn_mask=mask, scale=scale)
-    return out.masked_fill_((lengths == 0)[:, :, None, None], 0).reshape(batch, num_heads, head_dim)
+    slots = (blocks.unsqueeze(2) * block_size + torch.arange(block_size, device=q.device)).flatten(1)[:, :max_kv_len]
+    # Past a sequence's end its first slot is read again: the table may hold garbage there, an unused slot NaN.
+    slots = slots.where(mask, slots[:, :1] * mask[:, :1])
+    k, v = (gather(cache.flatten(0, 1), slots) for cache in (k_cache, v_cache))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None], scale=scale)
+    return out.masked_fill_(~mask[:, 0, None, None, None], 0).reshape(batch, num_heads, head_dim)
 
 
 @jit

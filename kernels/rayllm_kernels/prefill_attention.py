@@ -32,7 +32,7 @@ def prefill_attention_reference(
         if start == end:
             continue
         blocks = block_tables[row, : -(-kv_len // block_size)]
-        keys, values = (cache[blocks].flatten(0, 1)[:kv_len] for cache in (k_cache, v_cache))
+        keys, values = (cache.index_select(0, blocks).flatten(0, 1)[:kv_len] for cache in (k_cache, v_cache))
         context, mask = kv_len - (end - start), None
         if context:
             mask = torch.ones(end - start, kv_len, dtype=torch.bool, device=q.device).tril_(context)

@@ -22,11 +22,13 @@ def apply_rope_reference(
     if norms is not None:
         q_weight, k_weight, eps = norms
         q, k = rms_norm(q, q_weight, eps), rms_norm(k, k_weight, eps)
-    cos, sin = cos_sin_cache[positions].unsqueeze(1).chunk(2, dim=-1)
-    x = torch.cat((q, k), dim=1).float()
-    rotated = x * torch.cat((cos, cos), dim=-1)
-    rotated.addcmul_(x.roll(q.shape[-1] // 2, -1), torch.cat((-sin, sin), dim=-1))
-    q_rotated, k_rotated = rotated.to(q.dtype).split((q.shape[1], k.shape[1]), dim=1)
+    pair = (2, q.shape[-1] // 2)
+    cos, sin = cos_sin_cache.index_select(0, positions).unflatten(-1, (1, *pair)).split(1, dim=2)
+    x = torch.cat((q, k), dim=1).float().unflatten(-1, pair)
+    rotated = x * cos
+    rotated[:, :, :1].addcmul_(x[:, :, 1:], sin, value=-1)
+    rotated[:, :, 1:].addcmul_(x[:, :, :1], sin)
+    q_rotated, k_rotated = rotated.flatten(2).to(q.dtype).split((q.shape[1], k.shape[1]), dim=1)
     return q_rotated, k_rotated
 
 

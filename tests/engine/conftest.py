@@ -58,8 +58,12 @@ class EnginePool:
 
     def make_room(self, num_cpus: int) -> None:
         """Closes engines until the cluster has so many CPUs free."""
-        while sum(size for size, *_ in self._engines) + num_cpus > self._num_cpus:
+        while num_cpus > self.num_free_cpus:
             self._engines.pop(next(iter(self._engines))).close()
+
+    @property
+    def num_free_cpus(self) -> int:
+        return self._num_cpus - sum(size for size, *_ in self._engines)
 
 
 @pytest.fixture(scope="session")

@@ -90,7 +90,7 @@ def test_generate(engine_pool, ray_cluster: str, smollm2: Path, reference, capsy
     chat = tokenizer.apply_chat_template([{"role": "user", "content": QUESTION}])
     raw = tokenizer.encode("Once upon a time")
     for shown, prompt in ((asked.stdout, chat), (piped, raw)):
-        text = tokenizer.decode(reference("smollm2").greedy([prompt], 12)[0])
+        text = tokenizer.decode(reference("smollm2").greedy(prompt, 12))
         assert ("city" in text) == (prompt is raw), "what the model is known to say"
         assert shown.startswith(text.partition("city")[0] + "\n\n")
         summary = rf"\n\n{len(prompt)} prompt tokens, \d+ output tokens, \d+ ms to the first token, [\d.]+ tokens/s\n$"
@@ -149,7 +149,7 @@ def test_chat(smollm2: Path, reference):
         terminal.read_until("Ctrl-C stops an answer, Ctrl-D ends the chat.\r\n> ")
         for text in ("Hi!", "What is the capital of France?"):
             messages.append({"role": "user", "content": text})
-            [output] = reference("smollm2").greedy([tokenizer.apply_chat_template(messages)], 12)
+            output = reference("smollm2").greedy(tokenizer.apply_chat_template(messages), 12)
             terminal.type(text + "\n")
             terminal.read_until(text + "\r\n")
             answer = terminal.read_until("\r\n\r\n> ").removesuffix("\n\n> ")
