@@ -83,7 +83,6 @@ def make_prompts(rng: random.Random) -> list[list[int]]:
         for size in (1, 2)
         for name in ("llama", "qwen2", "qwen3")
         for kind, config in (("uncached", UNCACHED), ("tight", TIGHT))
-        if name == "llama" or (kind == "tight") == (name == "qwen2") ^ (size == 1)
     ],
 )
 def test_tiny_models(engines, reference, rng, name: str, tensor_parallel_size: int, config: dict[str, Any]):
