@@ -27,6 +27,8 @@ from rayllm.transport import Address
 logger = logging.getLogger("ray.serve")
 
 BYTES_OF_ID = 4
+HEALTH_MARGIN_S = 5
+"""A check may wait for a stuck driver's answer until that counts as dead; only then Serve should."""
 PROGRESS_NAMESPACE = b"rayllm"
 
 
@@ -127,6 +129,7 @@ class EngineReplica:
 def engine_deployment(model: ServedModel, source: ModelSource, name: str, drain_timeout_s: float) -> serve.Application:
     """`model`, whose device is decided, as a deployment called `name`; shard i gets bundle i, the replica bundle 0."""
     first, other = ({"CPU": 1, "GPU": 1}, {"GPU": 1}) if model.device == "cuda" else ({"CPU": 1}, {"CPU": 1})
+    assert model.step_timeout_s is not None
     deployment: Any = serve.deployment(
         EngineReplica,
         name=name,
@@ -136,7 +139,7 @@ def engine_deployment(model: ServedModel, source: ModelSource, name: str, drain_
         placement_group_strategy="STRICT_PACK",
         max_ongoing_requests=1_000_000,  # the replica itself bounds its queue
         health_check_period_s=1,
-        health_check_timeout_s=2 * model.step_timeout_s,
+        health_check_timeout_s=model.step_timeout_s + HEALTH_MARGIN_S,
         graceful_shutdown_wait_loop_s=0.5,
         graceful_shutdown_timeout_s=drain_timeout_s,
         max_constructor_retry_count=1,

@@ -94,8 +94,8 @@ class EngineConfig(Options):
     enable_prefix_caching: bool = option(True, "keep the KV of finished prompts for those that begin alike")
     enforce_eager: bool = option(False, "no CUDA graphs")
     seed: int = option(0, "of the seeds drawn for requests that bring none")
-    step_timeout_s: float = option(
-        30.0, "longest a step may take, in seconds, before the service takes the engine for stuck and restarts it"
+    step_timeout_s: float | None = option(
+        None, "a step that takes longer, in seconds, means a stuck engine, which is replaced; default: GPU 10, CPU 60"
     )
     placement_timeout_s: float = option(600.0, "longest wait for the cluster to provide the resources, in seconds")
 
@@ -110,7 +110,7 @@ class EngineConfig(Options):
         check(self.max_model_len is None or self.max_model_len >= 2, "max_model_len", "at least 2")
         check(0 < self.gpu_memory_utilization <= 1, "gpu_memory_utilization", "over 0 and at most 1")
         check(self.placement_timeout_s >= 0, "placement_timeout_s", "at least 0")
-        check(self.step_timeout_s > 0, "step_timeout_s", "over 0")
+        check(self.step_timeout_s is None or self.step_timeout_s > 0, "step_timeout_s", "over 0")
         check(
             self.max_num_batched_tokens is None or self.max_num_batched_tokens >= self.max_num_seqs,
             "max_num_batched_tokens",
@@ -132,6 +132,7 @@ class EngineConfig(Options):
             device=device,  # type: ignore[arg-type]
             dtype=dtype,
             max_model_len=self.max_model_len or model_max_len,
+            step_timeout_s=self.step_timeout_s or (10.0 if device == "cuda" else 60.0),
             max_num_batched_tokens=self.max_num_batched_tokens
             or max(self.max_num_seqs, 8192 if device == "cuda" else 1024),
         )

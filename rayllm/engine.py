@@ -172,6 +172,7 @@ class Engine:
         """
         self._attach()
         timeout_s = self.config.step_timeout_s
+        assert timeout_s is not None
         try:
             stats: EngineStats = await asyncio.wait_for(self._driver.stats.remote(), timeout_s)
             if stats.stalled_s <= timeout_s:
