@@ -296,6 +296,7 @@ def joined(increments: list[Increment]) -> Increment:
         token_ids=[token_id for increment in increments for token_id in increment.token_ids],
         num_prompt_tokens=first.num_prompt_tokens,
         num_cached_tokens=first.num_cached_tokens,
+        num_pruned_tokens=first.num_pruned_tokens,
         queue_s=first.queue_s,
         finish_reason=last.finish_reason,
         stop_reason=last.stop_reason,

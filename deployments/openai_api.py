@@ -49,6 +49,7 @@ def build(arguments: dict[str, Any]) -> serve.Application:
             device=device if device and model.device == "auto" else model.device,
             model_dtype=source.config.dtype,
             model_max_len=source.config.max_model_len,
+            model_kv_heads=source.config.num_key_value_heads,
         )
         load_tokenizer(decided, source)
         name = "Engine" if len(given) == 1 else f"Engine-{decided.name}"

@@ -37,13 +37,17 @@ class BlockManager:
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
-    def find_cached(self, seq: Sequence) -> list[int]:
-        """The longest run of cached blocks that `seq` starts with; leaves one token at least to compute."""
+    def find_cached(self, seq: Sequence, window: int = 0) -> list[int]:
+        """The longest run of cached blocks that `seq` starts with; leaves one token at least to compute.
+
+        Of a prompt that will be pruned, the last `window` tokens.
+        """
         if not self.enable_prefix_caching or seq.wants_prompt_logprobs:
             return []
         found: list[int] = []
         prefix = self._root(seq)
-        for i in range((len(seq.token_ids) - 1) // self.block_size):
+        end = seq.num_prompt_tokens - max(window, 1) if seq.num_kept else len(seq.token_ids) - 1
+        for i in range(end // self.block_size):
             block = self._cached.get(self._hash(seq, i))
             known = None if block is None else self._prefixes[block]
             if block is None or known is None or not known.is_same(Prefix(prefix, self._tokens_of(seq, i))):
@@ -57,13 +61,14 @@ class BlockManager:
         held = sum(self._ref_counts[block] > 0 for block in cached)
         return num_blocks - held <= len(self._free)
 
-    def allocate(self, seq: Sequence, num_blocks: int, cached: list[int]) -> None:
-        """Gives `seq` a table of `num_blocks` blocks that begins with `cached`."""
+    def allocate(self, seq: Sequence, num_blocks: int, cached: list[int], num_private: int = 0) -> None:
+        """Gives `seq` a table of `num_blocks` blocks that begins with `cached`, and reserves `num_private` more."""
         for block in cached:
             if self._ref_counts[block] == 0:
                 del self._free[block]
             self._ref_counts[block] += 1
         seq.block_table = cached + [self._take() for _ in range(num_blocks - len(cached))]
+        seq.private_blocks = [self._take() for _ in range(num_private)]
         seq.num_committed_blocks = len(cached)
         seq.committed_prefix = self._prefixes[cached[-1]] if cached else self._root(seq)
 
@@ -75,7 +80,7 @@ class BlockManager:
 
     def commit(self, seq: Sequence) -> None:
         """Makes the full blocks of `seq` that are computed, of known tokens, available to others."""
-        if not self.enable_prefix_caching:
+        if not self.enable_prefix_caching or seq.num_pruned:  # a pruned cache is nobody else's prefix
             return
         num_full = min(seq.num_computed_tokens, len(seq.token_ids)) // self.block_size
         for i in range(seq.num_committed_blocks, num_full):
@@ -87,15 +92,21 @@ class BlockManager:
                 self._prefixes[block] = seq.committed_prefix
             seq.num_committed_blocks = i + 1
 
+    def prune(self, seq: Sequence) -> None:
+        """Leaves `seq` its private blocks only; the others stay cached, where they are hashed."""
+        private, seq.private_blocks = seq.private_blocks, []
+        self.release(seq)
+        seq.block_table = private
+
     def release(self, seq: Sequence) -> None:
         """Takes all blocks away from `seq`."""
-        for block in reversed(seq.block_table):
+        for block in reversed(seq.block_table + seq.private_blocks):
             self._ref_counts[block] -= 1
             if self._ref_counts[block] == 0:
                 self._free[block] = None
                 if self._hashes[block] is None:
                     self._free.move_to_end(block, last=False)
-        seq.block_table = []
+        seq.block_table, seq.private_blocks = [], []
         seq.num_committed_blocks = 0
         seq.committed_prefix = None
 
@@ -129,7 +140,7 @@ class BlockManager:
 
         They are all that hold blocks.
         """
-        counts = Counter(block for seq in sequences for block in seq.block_table)
+        counts = Counter(block for seq in sequences for block in seq.block_table + seq.private_blocks)
         assert self._ref_counts == [counts[b] for b in range(self.num_blocks)], "ref counts"
         assert set(self._free) == {b for b in range(self.num_blocks) if not counts[b]}, "free list"
         hashed = {key: b for b, key in enumerate(self._hashes) if key is not None}
@@ -138,4 +149,6 @@ class BlockManager:
             assert (prefix is not None) == (self._hashes[block] is not None), "tokens of hashed blocks"
         for seq in sequences:
             assert len(set(seq.block_table)) == len(seq.block_table), "a block twice in one table"
-            assert len(seq.block_table) * self.block_size >= seq.num_computed_tokens, "table too short"
+            assert len(seq.block_table) * self.block_size >= seq.kv_len, "table too short"
+            private = seq.block_table if seq.num_pruned else seq.private_blocks
+            assert all(counts[b] == 1 and self._hashes[b] is None for b in private), "private blocks"

@@ -64,6 +64,7 @@ class Client:
         host: str | None = None,
     ):
         assert config.max_model_len is not None
+        self._config = config
         self.max_model_len = config.max_model_len
         self.vocab_size = model.vocab_size
         self.tokenizer = tokenizer
@@ -105,8 +106,18 @@ class Client:
             not 0 <= token_id < self.vocab_size for token_id in (*(params.logit_bias or ()), *params.stop_token_ids)
         ):
             raise UsageError(f"token ids in logit_bias and stop_token_ids must be 0 to {self.vocab_size - 1}")
+        if params.snapkv_limit is None or params.snapkv_limit:
+            self._check_snapkv_limit(params.snapkv_limit)
         if params.stop_strings and self.tokenizer is None:
             raise UsageError("stop strings need the tokenizer, which skip_tokenizer_init left out")
+
+    def _check_snapkv_limit(self, limit: int | None) -> None:
+        config = self._config
+        if not config.enable_snapkv:
+            raise UsageError("snapkv_limit must be left out: this engine runs without enable_snapkv and prunes nothing")
+        least = config.snapkv_attn_sample_queries + 4
+        if limit is not None and not least <= limit <= config.snapkv_limit:
+            raise UsageError(f"snapkv_limit must be {least} to {config.snapkv_limit}, or None, not {limit}")
 
     def _tokenize(self, prompt: Prompt) -> list[int]:
         is_chat = not isinstance(prompt, str) and len(prompt) > 0 and all(isinstance(item, dict) for item in prompt)

@@ -92,6 +92,12 @@ class EngineConfig(Options):
     )
     num_gpu_blocks_override: int | None = option(None, "number of KV cache blocks, on a CPU too; for experiments")
     enable_prefix_caching: bool = option(True, "keep the KV of finished prompts for those that begin alike")
+    enable_snapkv: bool = option(False, "keep only a part of long prompts' KV once they are computed")
+    snapkv_limit: int = option(2048, "how many tokens of a prompt each layer and KV head keeps")
+    snapkv_attn_sample_queries: int = option(32, "last prompt tokens whose attention decides what is kept")
+    snapkv_policy: Literal["snapkv", "streaming"] = option(
+        "snapkv", "streaming: the first and the most recent tokens are kept, whatever attends to them"
+    )
     enforce_eager: bool = option(False, "no CUDA graphs")
     seed: int = option(0, "of the seeds drawn for requests that bring none")
     step_timeout_s: float | None = option(
@@ -108,6 +114,9 @@ class EngineConfig(Options):
         for name in ("max_num_batched_tokens", "kv_cache_memory_bytes", "num_gpu_blocks_override"):
             check(getattr(self, name) is None or getattr(self, name) >= 1, name, "at least 1")
         check(self.max_model_len is None or self.max_model_len >= 2, "max_model_len", "at least 2")
+        check(self.snapkv_attn_sample_queries >= 2, "snapkv_attn_sample_queries", "at least 2")
+        least = self.snapkv_attn_sample_queries + 4
+        check(self.snapkv_limit >= least, "snapkv_limit", f"at least {least}, the tokens that are always kept")
         check(0 < self.gpu_memory_utilization <= 1, "gpu_memory_utilization", "over 0 and at most 1")
         check(self.placement_timeout_s >= 0, "placement_timeout_s", "at least 0")
         check(self.step_timeout_s is None or self.step_timeout_s > 0, "step_timeout_s", "over 0")
@@ -118,7 +127,7 @@ class EngineConfig(Options):
         )
         check(not (self.skip_tokenizer_init and self.tokenizer), "skip_tokenizer_init", "off when a tokenizer is named")
 
-    def resolved(self, *, device: str, model_dtype: str, model_max_len: int) -> Self:
+    def resolved(self, *, device: str, model_dtype: str, model_max_len: int, model_kv_heads: int = 0) -> Self:
         """This configuration with everything decided that the device and the model decide."""
         if device == "cuda" and self.block_size % 16:
             raise UsageError(f"block_size must be a multiple of 16 on a GPU, not {self.block_size}")
@@ -127,6 +136,17 @@ class EngineConfig(Options):
         dtype = self.dtype
         if dtype == "auto":
             dtype = "float32" if device == "cpu" else "bfloat16" if model_dtype == "float32" else model_dtype  # type: ignore[assignment]
+        if self.enable_snapkv and 0 < model_kv_heads < self.tensor_parallel_size:
+            raise UsageError(
+                f"tensor_parallel_size must be at most {model_kv_heads} with enable_snapkv, the model's KV heads: "
+                f"shards that share one would keep different tokens of it"
+            )
+        window = self.snapkv_attn_sample_queries if self.enable_snapkv else 0
+        if self.max_num_batched_tokens and self.max_num_batched_tokens < self.max_num_seqs + window:
+            raise UsageError(
+                f"max_num_batched_tokens must be at least max_num_seqs + snapkv_attn_sample_queries "
+                f"({self.max_num_seqs + window}), not {self.max_num_batched_tokens}"
+            )
         return dataclasses.replace(
             self,
             device=device,  # type: ignore[arg-type]
@@ -134,7 +154,7 @@ class EngineConfig(Options):
             max_model_len=self.max_model_len or model_max_len,
             step_timeout_s=self.step_timeout_s or (10.0 if device == "cuda" else 60.0),
             max_num_batched_tokens=self.max_num_batched_tokens
-            or max(self.max_num_seqs, 8192 if device == "cuda" else 1024),
+            or max(self.max_num_seqs + window, 8192 if device == "cuda" else 1024),
         )
 
 

@@ -73,7 +73,7 @@ class StepGraphs:
         size = max(sum(shape.sections) for shape in shapes)
         self._packed = torch.empty(size, dtype=torch.int64, device=device.torch_device)
         empty = np.empty(0, np.int64)
-        no_rows = Rows(lanes=empty, num_tokens=empty, starts=empty, samples=empty > 0, num_decodes=0)
+        no_rows = Rows(empty, empty, empty, empty, samples=empty > 0, num_decodes=0)
         pool = torch.cuda.graph_pool_handle()
         stream = torch.cuda.Stream()
         for shape in track(largest_first, "capturing CUDA graphs"):

@@ -20,6 +20,7 @@ from rayllm.config import EngineConfig
 from rayllm.errors import EngineDeadError
 from rayllm.model_source import ModelSource
 from rayllm.progress import Progress
+from rayllm.pruning import make_policy
 from rayllm.scheduler import Scheduler
 from rayllm.sequence import Sequence
 from rayllm.shard import Shard, ShardStats
@@ -71,6 +72,9 @@ class EngineStats:
     num_waiting: int
     num_free_blocks: int
     num_preemptions: int
+    num_pruned_tokens: int
+    num_pruned_blocks: int
+    """Given back by prompts that were pruned."""
     stalled_s: float
     """How long the oldest step in flight has been waited for."""
 
@@ -122,6 +126,7 @@ class Driver:
             max_model_len=config.max_model_len,
             enable_prefix_caching=config.enable_prefix_caching,
             incarnation=self.incarnation,
+            pruning=make_policy(config),
         )
         ready = ray.get(
             [
@@ -159,6 +164,8 @@ class Driver:
             num_waiting=len(scheduler.waiting),
             num_free_blocks=scheduler.blocks.num_free_blocks,
             num_preemptions=scheduler.num_preemptions,
+            num_pruned_tokens=scheduler.num_pruned_tokens,
+            num_pruned_blocks=scheduler.num_pruned_blocks,
             stalled_s=time.monotonic() - self._last_progress if scheduler.in_flight else 0.0,
         )
 

@@ -87,7 +87,12 @@ class Engine:
 
     def _resolve(self, config: EngineConfig, device: str) -> EngineConfig:
         model = self.source.config
-        return config.resolved(device=device, model_dtype=model.dtype, model_max_len=model.max_model_len)
+        return config.resolved(
+            device=device,
+            model_dtype=model.dtype,
+            model_max_len=model.max_model_len,
+            model_kv_heads=model.num_key_value_heads,
+        )
 
     def _start(self, group: PlacementGroup, report: Callable[[Progress], None] | None) -> EngineInfo:
         node_id = ray.get_runtime_context().get_node_id()

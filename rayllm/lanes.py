@@ -11,7 +11,7 @@ import torch
 
 from rayllm.device import Device
 from rayllm.sampling_params import SamplingParams
-from rayllm.step import LaneStart, StepInput
+from rayllm.step import LaneStart, Prune, StepInput
 
 FOREVER = 2**31 - 1
 
@@ -27,6 +27,8 @@ class Lanes:
         self.num_prompt_tokens = np.zeros(rows, np.int64)
         self.num_tokens = np.zeros(rows, np.int64)
         self.num_computed_tokens = np.zeros(rows, np.int64)
+        self.num_pruned_tokens = np.zeros(rows, np.int64)
+        """Computed tokens without KV: a token's slot is so much less than its position."""
         self.logprobs = np.full(rows, -1)
         """How many to report; -1: none."""
         self.prompt_logprobs = np.full(rows, -1)
@@ -40,6 +42,8 @@ class Lanes:
 
         self.token_ids = on_device(rows, max_model_len + 1, dtype=torch.int32)
         self.block_tables = on_device(rows, -(-max_model_len // block_size), dtype=torch.int32, fill=num_blocks)
+        self.slot_offsets = on_device(rows, dtype=torch.int64)
+        """`num_pruned_tokens`."""
         self.seeds = on_device(rows, dtype=torch.int64)
         self.prompt_lens = on_device(rows, dtype=torch.int64)
         self._floats = on_device(rows, 6, dtype=torch.float32)
@@ -57,7 +61,7 @@ class Lanes:
         if step.new_blocks:
             pairs = np.array(step.new_blocks, np.int64).reshape(-1, 2)
             # the block is for the next token to be computed
-            columns = self.num_computed_tokens[pairs[:, 0]] // self.block_size
+            columns = (self.num_computed_tokens - self.num_pruned_tokens)[pairs[:, 0]] // self.block_size
             update = self.device.put(np.stack((pairs[:, 0], columns, pairs[:, 1])))
             self.block_tables[update[0], update[1]] = update[2].int()
 
@@ -68,6 +72,7 @@ class Lanes:
         token_ids = [np.frombuffer(start.token_ids, np.int32) for start in starts]
         self.num_tokens[lanes] = [len(row) for row in token_ids]
         self.num_computed_tokens[lanes] = [start.num_computed_tokens for start in starts]
+        self.num_pruned_tokens[lanes] = 0
         self.logprobs[lanes] = [-1 if p.logprobs is None else p.logprobs for p in params]
         self.prompt_logprobs[lanes] = [-1 if s.prompt_logprobs is None else s.prompt_logprobs for s in starts]
         self.is_filtered[lanes] = [p.top_k > 0 or p.top_p < 1 or p.min_p > 0 for p in params]
@@ -78,6 +83,7 @@ class Lanes:
 
         put = self.device.put
         rows = put(lanes)
+        self.slot_offsets[rows] = 0
         self.seeds[rows] = put(np.array([start.seed for start in starts]))
         self.prompt_lens[rows] = put(self.num_prompt_tokens[lanes])
         self.top_k[rows] = put(np.array([max(p.top_k, 0) for p in params]))
@@ -86,6 +92,13 @@ class Lanes:
         self._scatter(self.block_tables, lanes, [np.array(start.block_table) for start in starts])
         if self.is_biased[lanes].any() or self.bias_ids.shape[1]:  # lanes may hold those of sequences before
             self._set_biases(lanes, starts)
+
+    def prune(self, prunes: list[Prune]) -> None:
+        """Leaves lanes, whose prompts are computed, the slots of what was kept."""
+        lanes = np.array([prune.lane for prune in prunes])
+        self.num_pruned_tokens[lanes] = self.num_prompt_tokens[lanes] - [prune.num_kept for prune in prunes]
+        self.slot_offsets[self.device.put(lanes)] = self.device.put(self.num_pruned_tokens[lanes])
+        self._scatter(self.block_tables, lanes, [np.array(prune.block_table) for prune in prunes])
 
     def _scatter(self, table: torch.Tensor, lanes: np.ndarray, values: list[np.ndarray]) -> None:
         """Writes each array at the start of its lane's row; rows are as wide as the longest list may be."""

@@ -58,9 +58,9 @@ class LLM:
         """Answers all prompts, in order.
 
         A prompt is a string, a list of token ids or a list of chat messages; `sampling_params` are one for all or one
-        for each. Each result has `text`, `token_ids`, `finish_reason`, `num_cached_tokens`, with n > 1 all `choices`
-        (the first one's fields stand beside them), and `logprobs` and `prompt_logprobs` when asked for: for each
-        token a dict {token id: log-probability}, the token itself first.
+        for each. Each result has `text`, `token_ids`, `finish_reason`, `num_cached_tokens`, `num_pruned_tokens`, with
+        n > 1 all `choices` (the first one's fields stand beside them), and `logprobs` and `prompt_logprobs` when asked
+        for: for each token a dict {token id: log-probability}, the token itself first.
 
         Raises `UsageError` before anything is computed if any prompt cannot be served.
         """
@@ -101,6 +101,7 @@ class LLM:
             choice = choices[increment.index]
             if not choice["token_ids"]:
                 choice["num_cached_tokens"] = increment.num_cached_tokens
+                choice["num_pruned_tokens"] = increment.num_pruned_tokens
                 if increment.index == 0:
                     rates.prefilled(increment.num_prompt_tokens - increment.num_cached_tokens)
                 if params.prompt_logprobs is not None:

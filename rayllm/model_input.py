@@ -19,13 +19,16 @@ class Rows:
     num_tokens: np.ndarray
     starts: np.ndarray
     """Tokens of the lane computed before."""
+    num_pruned: np.ndarray
+    """Of those, the ones without KV."""
     samples: np.ndarray
     """bool: the row reaches its lane's last token, so its output is sampled from."""
     num_decodes: int
 
     @property
     def kv_lens(self) -> np.ndarray:
-        return self.starts + self.num_tokens
+        """Slots that the row's last token attends to, its own among them."""
+        return self.starts + self.num_tokens - self.num_pruned
 
     @property
     def ends(self) -> np.ndarray:
@@ -41,9 +44,10 @@ def take_rows(step: StepInput, lanes: Lanes) -> Rows:
     num_tokens = np.concatenate((np.ones(num_decodes, np.int64), chunks[:, 1]))
     starts = lanes.num_computed_tokens[row_lanes]
     samples = starts + num_tokens == lanes.num_tokens[row_lanes]
+    num_pruned = lanes.num_pruned_tokens[row_lanes]
     lanes.num_computed_tokens[row_lanes] += num_tokens
     lanes.num_tokens[row_lanes[samples]] += 1
-    return Rows(row_lanes, num_tokens, starts, samples, num_decodes)
+    return Rows(row_lanes, num_tokens, starts, num_pruned, samples, num_decodes)
 
 
 @dataclass(frozen=True)
@@ -140,12 +144,13 @@ class ModelInput:
 def unpack(packed: torch.Tensor, shape: Shape, lanes: Lanes) -> ModelInput:
     """The step's tensors, from `pack`'s array on the device and the lanes' state."""
     tokens, positions, row_lanes, kv_lens, cu_seqlens_q, sample_rows, sample_lanes = packed.split(shape.sections)
-    blocks = lanes.block_tables[tokens, positions // lanes.block_size].long()
+    slots = positions - lanes.slot_offsets[tokens]
+    blocks = lanes.block_tables[tokens, slots // lanes.block_size].long()
     return ModelInput(
         shape=shape,
         token_ids=lanes.token_ids[tokens, positions],
         positions=positions,
-        slot_mapping=blocks * lanes.block_size + positions % lanes.block_size,
+        slot_mapping=blocks * lanes.block_size + slots % lanes.block_size,
         block_tables=lanes.block_tables[row_lanes, : -(-shape.max_kv_len // lanes.block_size)],
         kv_lens=kv_lens.int(),
         cu_seqlens_q=cu_seqlens_q.int(),

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from rayllm_kernels import decode_attention, prefill_attention, prefill_backend, store_kv
+from rayllm_kernels import compact_kv, decode_attention, prefill_attention, prefill_backend, select_kept, store_kv
 
 from rayllm import kv_cache
 from rayllm.config import EngineConfig
@@ -18,6 +19,7 @@ from rayllm.model_source import ModelSource
 from rayllm.models import build_model
 from rayllm.parallel import TensorParallel
 from rayllm.progress import Track, untracked
+from rayllm.pruning import SINKS, PruningPolicy, make_policy
 from rayllm.sampler import LogprobTensors, Sampler, top_logprobs
 from rayllm.sampling_params import SamplingParams
 from rayllm.step import LaneStart, Logprobs, PromptLogprobs, StepInput, StepOutput, pack_ids
@@ -38,6 +40,7 @@ class ModelRunner:
         self.device = device
         self.model = build_model(source.config, tp, device.torch_device, DTYPES[config.dtype], config.max_model_len)
         self.scale = source.config.head_dim**-0.5
+        self.policy = make_policy(config)
         self.prefill_backend = prefill_backend(DTYPES[config.dtype], source.config.head_dim)
 
     def load(self, track: Track = untracked) -> int:
@@ -75,10 +78,13 @@ class ModelRunner:
         self.lanes.apply(step)
         rows = take_rows(step, self.lanes)
         own = Shape.of(rows)
-        if shape := self.graphs.find(own):
+        if not step.prunes and (shape := self.graphs.find(own)):
             output = self.graphs(rows, shape)
         else:
-            output = self._forward(unpack(self.device.put(pack(rows, own, self.lanes.padding)), own, self.lanes))
+            inputs = unpack(self.device.put(pack(rows, own, self.lanes.padding)), own, self.lanes)
+            output = self._forward(inputs, self._pruning_of(step, rows))
+        if step.prunes:
+            self.lanes.prune(step.prunes)
         token_ids, logprobs = output.token_ids[: own.num_samples], None
         lanes = rows.lanes[rows.samples]
         if not self.sampler.is_plain(lanes):
@@ -87,8 +93,29 @@ class ModelRunner:
         prompts = self._prompt_logprobs(rows, output.hidden)
         return PendingOutput(step, token_ids, logprobs, self.lanes.logprobs[lanes], prompts)
 
-    def _forward(self, inputs: ModelInput) -> ModelOutput:
-        """The whole of a step's computation; a CUDA graph captures it as it is."""
+    def _pruning_of(self, step: StepInput, rows: Rows) -> Pruning | None:
+        """What the step prunes, on the device."""
+        if not step.prunes:
+            return None
+        assert self.policy is not None
+        put, row_of = self.device.put, {int(lane): row for row, lane in enumerate(rows.lanes)}
+        chosen = np.array([row_of[prune.lane] for prune in step.prunes])
+        tables = np.zeros((len(chosen), max(len(prune.block_table) for prune in step.prunes)), np.int32)
+        for table, prune in zip(tables, step.prunes, strict=True):
+            table[: len(prune.block_table)] = prune.block_table
+        kv_lens = rows.kv_lens[chosen]
+        return Pruning(
+            policy=self.policy,
+            query_rows=put(rows.ends[chosen][:, None] + np.arange(-self.policy.window, 0)),
+            block_tables=self.lanes.block_tables[put(rows.lanes[chosen])],
+            kv_lens=put(kv_lens),
+            max_kv_len=int(kv_lens.max()),
+            num_kept=put(np.array([prune.num_kept for prune in step.prunes])),
+            new_tables=put(tables),
+        )
+
+    def _forward(self, inputs: ModelInput, pruning: Pruning | None = None) -> ModelOutput:
+        """The whole of a step's computation; without pruning, a CUDA graph captures it as it is."""
         shape, n = inputs.shape, inputs.shape.num_decodes
         tables, kv_lens = inputs.block_tables, inputs.kv_lens
 
@@ -98,6 +125,8 @@ class ModelRunner:
             if shape.num_chunks:
                 chunks = (tables[n:], inputs.cu_seqlens_q, kv_lens[n:], shape.max_seqlen_q, shape.max_kv_len)
                 out = prefill_attention(q, keys, values, *chunks, self.scale)
+                if pruning is not None:
+                    pruning.prune(q, keys, values, self.scale)
             if n:
                 decoded = decode_attention(q[:n], keys, values, tables[:n], kv_lens[:n], self.scale, shape.max_kv_len)
                 if not shape.num_chunks:
@@ -115,7 +144,7 @@ class ModelRunner:
         """(chunk, first position, log-probabilities) of the prompt tokens that follow each chunk's tokens."""
         parts = []
         for row in range(rows.num_decodes, len(rows.lanes)):
-            lane, start, end = rows.lanes[row], rows.starts[row], rows.kv_lens[row]
+            lane, start, end = rows.lanes[row], rows.starts[row], rows.starts[row] + rows.num_tokens[row]
             wanted = self.lanes.prompt_logprobs[lane]
             end = min(end, self.lanes.num_prompt_tokens[lane] - 1)  # the last token's successor is not of the prompt
             first_row = rows.ends[row] - rows.num_tokens[row]
@@ -155,6 +184,31 @@ class ModelRunner:
         gc.collect()
         torch.cuda.empty_cache()
         return activation_bytes
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """What a step prunes: P prompts whose last chunks are in it. Layers do it one by one, once they have attended."""
+
+    policy: PruningPolicy
+    query_rows: torch.Tensor
+    """[P, window] int64: where among the step's tokens the windows are."""
+    block_tables: torch.Tensor
+    """[P, M] int32, of the whole prompts."""
+    kv_lens: torch.Tensor
+    """[P] int64: the prompts' lengths."""
+    max_kv_len: int
+    num_kept: torch.Tensor
+    """[P] int64."""
+    new_tables: torch.Tensor
+    """[P, M2] int32, of what is kept."""
+
+    def prune(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float) -> None:
+        """Copies what one layer keeps into its new blocks. q: [T, Hq, D]; keys, values: the layer's KV cache."""
+        policy, kv_lens = self.policy, self.kv_lens
+        scores = policy.score(q[self.query_rows], keys, self.block_tables, kv_lens.int(), scale, self.max_kv_len)
+        kept = select_kept(scores, kv_lens, self.num_kept, SINKS, policy.window, policy.pool_width)
+        compact_kv(keys, values, self.block_tables, kept, self.num_kept, self.new_tables)
 
 
 class PendingOutput:

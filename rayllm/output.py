@@ -21,6 +21,8 @@ class Increment:
     num_prompt_tokens: int
     num_cached_tokens: int
     """Prompt tokens whose KV came from the prefix cache."""
+    num_pruned_tokens: int
+    """Prompt tokens whose KV was given up."""
     queue_s: float
     """How long the choice waited in the engine before it was computed."""
     finish_reason: str | None = None
@@ -86,6 +88,7 @@ class Choice:
             token_ids=token_ids,
             num_prompt_tokens=len(self.prompt_token_ids),
             num_cached_tokens=last.num_cached_tokens,
+            num_pruned_tokens=last.num_pruned_tokens,
             queue_s=last.queue_s,
             finish_reason=last.finish_reason if stop is None else "stop",
             stop_reason=stop_token if stop is None else stop,

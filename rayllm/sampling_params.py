@@ -50,6 +50,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     prompt_logprobs: int | None = None
     """The same for the prompt's tokens but the first; such a request takes no prefix-cache hits."""
     skip_special_tokens: bool = True
+    snapkv_limit: int | None = 0
+    """Tokens of the prompt that keep their KV, where the engine prunes; 0: as many as the engine says; None: all."""
 
     def __post_init__(self) -> None:
         def check(ok: bool, name: str, allowed: str) -> None:
@@ -82,6 +84,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(self, name)
             check(value is None or 0 <= value <= MAX_LOGPROBS, name, f"0 to {MAX_LOGPROBS}, or None")
+        check(self.snapkv_limit is None or self.snapkv_limit >= 0, "snapkv_limit", "at least 0, or None")
         check(self.seed is None or -(2**63) <= self.seed < 2**63, "seed", "a 64-bit integer, or None")
         check(all(self.stop_strings), "stop", "one or more non-empty strings")
         bias = self.logit_bias or {}

@@ -12,8 +12,9 @@ from collections import deque
 from dataclasses import dataclass
 
 from rayllm.block_manager import BlockManager
+from rayllm.pruning import PruningPolicy
 from rayllm.sequence import Sequence, SequenceStatus
-from rayllm.step import LaneStart, Logprobs, SequenceUpdate, StepInput, StepOutput, pack_ids
+from rayllm.step import LaneStart, Logprobs, Prune, SequenceUpdate, StepInput, StepOutput, pack_ids
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Scheduler:
         max_model_len: int,
         enable_prefix_caching: bool = True,
         incarnation: int = 0,
+        pruning: PruningPolicy | None = None,
     ):
         if num_blocks * block_size < max_model_len:
             raise ValueError("the KV cache must hold at least one sequence of max_model_len tokens")
@@ -51,6 +53,7 @@ class Scheduler:
         self.blocks = BlockManager(num_blocks, block_size, enable_prefix_caching)
         self.max_num_batched_tokens = max_num_batched_tokens
         self.incarnation = incarnation
+        self.pruning = pruning
         self.sequences: dict[tuple[int, int], Sequence] = {}
         """All that are not finished, by (client, sequence)."""
         self.waiting: deque[Sequence] = deque()
@@ -58,6 +61,8 @@ class Scheduler:
         """In order of arrival, all of them earlier than those that wait."""
         self.in_flight: deque[StepInFlight] = deque()
         self.num_preemptions = 0
+        self.num_pruned_tokens = 0
+        self.num_pruned_blocks = 0
         self.max_num_seqs = max_num_seqs
         self._free_lanes = list(reversed(range(max_num_seqs)))
         self._step = 0
@@ -65,6 +70,8 @@ class Scheduler:
     def add(self, seq: Sequence) -> None:
         if seq.wants_prompt_logprobs:
             seq.prompt_logprobs = [None] * seq.num_prompt_tokens
+        if self.pruning is not None:
+            seq.num_kept = self._num_kept(seq, self.pruning)
         self.sequences[seq.client, seq.sequence] = seq
         self.waiting.append(seq)
 
@@ -79,6 +86,13 @@ class Scheduler:
         if seq := self.sequences.get((client, sequence)):
             self._finish(seq)
 
+    def _num_kept(self, seq: Sequence, pruning: PruningPolicy) -> int:
+        """0 also when the cache can never hold the prompt and, beside it, what is kept and said."""
+        kept = pruning.num_kept(seq.num_prompt_tokens, seq.params.snapkv_limit)
+        blocks_for = self.blocks.blocks_for
+        peak = blocks_for(seq.num_prompt_tokens) + blocks_for(kept + seq.max_tokens)
+        return kept if peak <= self.blocks.num_blocks else 0
+
     # ---- schedule
 
     def schedule(self) -> StepInput | None:
@@ -88,19 +102,22 @@ class Scheduler:
         budget = self.max_num_batched_tokens - len(decodes)
         chunks: list[tuple[Sequence, int]] = []
         for seq in self.running:
-            remaining = seq.num_tokens - seq.num_computed_tokens
-            if remaining > 1 and budget:
-                chunks.append((seq, min(remaining, budget)))
-                budget -= chunks[-1][1]
-                self._advance(*chunks[-1])
+            if not seq.is_decoding and (size := self._chunk_size(seq, budget)):
+                chunks.append((seq, size))
+                budget -= size
+                self._advance(seq, size)
         starts: list[LaneStart] = []
         while budget and (admitted := self._admit()):
             starts.append(self._lane_start(admitted))
-            chunks.append((admitted, min(admitted.num_tokens - admitted.num_computed_tokens, budget)))
-            budget -= chunks[-1][1]
-            self._advance(*chunks[-1])  # from here on, its blocks can be hit by those admitted next
+            if size := self._chunk_size(admitted, budget):
+                chunks.append((admitted, size))
+                budget -= size
+                self._advance(admitted, size)  # from here on, its blocks can be hit by those admitted next
         if not decodes and not chunks:
             return None
+        prunes = [
+            self._prune(seq) for seq, _ in chunks if seq.num_kept and not seq.num_pruned and not seq.num_chunkable
+        ]
 
         sampled = decodes + [seq for seq, _ in chunks if seq.num_computed_tokens == seq.num_tokens]
         for seq in sampled:
@@ -114,7 +131,25 @@ class Scheduler:
             new_blocks=new_blocks,
             decode_lanes=[seq.lane for seq in decodes],
             chunks=[number for seq, num_tokens in chunks for number in (seq.lane, num_tokens)],
+            prunes=prunes,
         )
+
+    def _chunk_size(self, seq: Sequence, budget: int) -> int:
+        """How many tokens of `seq` this step computes; a prompt's last chunk has the whole window that prunes it."""
+        size = min(seq.num_chunkable, budget)
+        rest = seq.num_chunkable - size
+        if self.pruning is not None and seq.num_kept and not seq.num_pruned and 0 < rest < self.pruning.window:
+            size = max(seq.num_chunkable - self.pruning.window, 0)
+        return size
+
+    def _prune(self, seq: Sequence) -> Prune:
+        """The prompt of `seq` has been computed when this step has: its blocks are free for the next."""
+        num_blocks = len(seq.block_table) - self.blocks.blocks_for(seq.num_kept)
+        self.blocks.prune(seq)
+        seq.num_pruned = seq.num_prompt_tokens - seq.num_kept
+        self.num_pruned_tokens += seq.num_pruned
+        self.num_pruned_blocks += num_blocks
+        return Prune(seq.lane, seq.num_kept, seq.block_table.copy())
 
     def _choose_decodes(self, new_blocks: list[int]) -> list[Sequence]:
         """Running sequences with one token to compute, each given a slot; preempts for want of blocks."""
@@ -122,9 +157,9 @@ class Scheduler:
         for seq in tuple(self.running):
             if seq.status is not SequenceStatus.RUNNING:  # preempted in this very loop
                 continue
-            if seq.num_tokens - seq.num_computed_tokens > 1 or seq.num_output_tokens >= seq.max_tokens:
+            if not seq.is_decoding or seq.num_output_tokens >= seq.max_tokens:
                 continue
-            if seq.num_computed_tokens == len(seq.block_table) * self.blocks.block_size:
+            if seq.kv_len == len(seq.block_table) * self.blocks.block_size:
                 while not self.blocks.num_free_blocks and seq.status is SequenceStatus.RUNNING:
                     self._preempt(self.running[-1])
                 if seq.status is not SequenceStatus.RUNNING:
@@ -139,12 +174,15 @@ class Scheduler:
         if not self.waiting or not self._free_lanes or self.waiting[0].num_pending:
             return None
         seq = self.waiting[0]
-        cached = self.blocks.find_cached(seq)
-        num_blocks = self.blocks.blocks_for(seq.num_tokens)
-        if not self.blocks.can_allocate(num_blocks + len(self.running), cached):
+        cached = self.blocks.find_cached(seq, self.pruning.window if self.pruning else 0)
+        num_private = 0
+        if seq.num_kept:
+            num_private = self.blocks.blocks_for(seq.num_kept + seq.num_tokens - seq.num_prompt_tokens)
+        num_blocks = self.blocks.blocks_for(seq.num_prompt_tokens if seq.num_kept else seq.num_tokens)
+        if not self.blocks.can_allocate(num_blocks + num_private + len(self.running), cached):
             return None
         self.waiting.popleft()
-        self.blocks.allocate(seq, num_blocks, cached)
+        self.blocks.allocate(seq, num_blocks, cached, num_private)
         seq.num_computed_tokens = len(cached) * self.blocks.block_size
         if seq.num_cached_tokens < 0:
             seq.num_cached_tokens = seq.num_computed_tokens
@@ -182,7 +220,7 @@ class Scheduler:
         self.running.remove(seq)
         self._free_lanes.append(seq.lane)
         self.blocks.release(seq)
-        seq.num_computed_tokens = 0
+        seq.num_computed_tokens = seq.num_pruned = 0
 
     # ---- update
 
@@ -221,6 +259,7 @@ class Scheduler:
             finish_reason=finish_reason,
             stop_token_id=token_id if stopped else None,
             num_cached_tokens=seq.num_cached_tokens,
+            num_pruned_tokens=seq.num_prompt_tokens - seq.num_kept if seq.num_kept else 0,
             queue_s=seq.queue_s,
             logprobs=[logprobs] if logprobs else [],
             prompt_logprobs=prompt_logprobs,

@@ -60,9 +60,15 @@ class Sequence:
     arrival: float = field(default_factory=time.monotonic)
     queue_s: float = 0.0
     """From arrival to the first admission."""
+    num_kept: int = 0
+    """Prompt tokens that keep their KV when the prompt is computed; 0: the prompt is not pruned."""
+    num_pruned: int = 0
+    """Computed tokens that have no KV any more."""
     num_pending: int = 0
     """Tokens that steps in flight will sample."""
     block_table: list[int] = field(default_factory=list)
+    private_blocks: list[int] = field(default_factory=list)
+    """For what is kept, reserved until the prompt is computed."""
     block_hashes: list[bytes] = field(default_factory=list)
     """Of the full blocks of `token_ids`, as far as computed."""
     num_committed_blocks: int = 0
@@ -79,6 +85,22 @@ class Sequence:
     def num_tokens(self) -> int:
         """Known and pending."""
         return len(self.token_ids) + self.num_pending
+
+    @property
+    def kv_len(self) -> int:
+        """Slots that its computed tokens occupy."""
+        return self.num_computed_tokens - self.num_pruned
+
+    @property
+    def num_chunkable(self) -> int:
+        """Tokens that chunks may compute now: a prompt that will be pruned ends one."""
+        end = self.num_prompt_tokens if self.num_kept and not self.num_pruned else self.num_tokens
+        return end - self.num_computed_tokens
+
+    @property
+    def is_decoding(self) -> bool:
+        """All but its last token is computed, and pruned where it is to be."""
+        return self.num_tokens - self.num_computed_tokens == 1 and not (self.num_kept and not self.num_pruned)
 
     @property
     def num_output_tokens(self) -> int:

@@ -49,6 +49,15 @@ class LaneStart(msgspec.Struct, frozen=True, array_like=True):
     """How many to report for each prompt token of this prefill; None: none."""
 
 
+class Prune(msgspec.Struct, frozen=True, array_like=True):
+    """When this step is computed, `num_kept` tokens of the lane's prompt, all of it computed, move to blocks of their
+    own; from the next step on, the lane has only these."""
+
+    lane: int
+    num_kept: int
+    block_table: list[int]
+
+
 class StepInput(Message, frozen=True, array_like=True):
     """One step's work, as a difference: shards keep each lane's tokens, block table and number of computed tokens.
 
@@ -63,6 +72,7 @@ class StepInput(Message, frozen=True, array_like=True):
     decode_lanes: list[int]
     chunks: list[int]
     """Flat pairs (lane, number of tokens)."""
+    prunes: list[Prune] = []
 
 
 # shard 0 → driver
@@ -155,6 +165,8 @@ class SequenceUpdate(msgspec.Struct, frozen=True, array_like=True):
     """stop, length or abort."""
     stop_token_id: int | None = None
     num_cached_tokens: int = 0
+    num_pruned_tokens: int = 0
+    """Of the prompt, whose KV was given up."""
     queue_s: float = 0.0
     """How long the sequence waited for its first admission."""
     logprobs: list[Logprobs] = []

@@ -1,7 +1,7 @@
 """Brute-force model of the shards, and an engine of scheduler and model that checks every move.
 
 A row must read, through its block table, the KV of its own tokens and nothing else: that shows at once a block used
-twice, a wrong hit, a stale block and a wasted row that does harm.
+twice, a wrong hit, a stale block and a wasted row that does harm. What a pruned lane keeps is a function of its prompt.
 """
 
 from __future__ import annotations
@@ -16,7 +16,16 @@ import msgspec
 from rayllm.sampling_params import SamplingParams
 from rayllm.scheduler import Scheduler
 from rayllm.sequence import Sequence
-from rayllm.step import LaneStart, Logprobs, PromptLogprobs, SequenceUpdate, StepInput, StepOutput, unpack_ids
+from rayllm.step import (
+    LaneStart,
+    Logprobs,
+    PromptLogprobs,
+    Prune,
+    SequenceUpdate,
+    StepInput,
+    StepOutput,
+    unpack_ids,
+)
 
 EOS = 0
 SALTS = (None, "salt", "pepper")
@@ -54,6 +63,20 @@ class Lane:
     tokens: tuple[int, ...]
     table: list[int]
     num_computed: int
+    kept: list[int] | None = None
+    """Positions of the prompt that a pruned lane has KV of, by slot."""
+
+    def positions(self, end: int) -> list[int]:
+        """Of the lane's slots, in order, when all before `end` is computed."""
+        if self.kept is None:
+            return list(range(end))
+        return self.kept + list(range(self.start.num_prompt_tokens, end))
+
+
+def kept_of(prompt: tuple[int, ...], number: int, window: int) -> list[int]:
+    """The last `window` positions, and others that the prompt decides."""
+    rest = sorted(range(len(prompt) - window), key=lambda i: zlib.crc32(bytes((i, *(t % 256 for t in prompt)))))
+    return sorted([*rest[: number - window], *range(len(prompt) - window, len(prompt))])
 
 
 @dataclass
@@ -61,6 +84,7 @@ class Shards:
     """Knows only what the messages say. The KV of a token is the salt and all tokens up to it."""
 
     block_size: int
+    window: int = 0
     lanes: dict[int, Lane] = field(default_factory=dict)
     memory: dict[int, tuple] = field(default_factory=dict)
     num_samples: Counter[int] = field(default_factory=Counter)
@@ -79,14 +103,15 @@ class Shards:
         written: Counter[int] = Counter()
         for lane, n in rows:
             assert n >= 1
-            for position in range(lane.num_computed, lane.num_computed + n):
-                assert position < len(lane.tokens), "a row beyond its lane's tokens"
-                written[self.slot(lane, position)] += 1
-                self.memory[self.slot(lane, position)] = self.kv(lane, position)
+            end = lane.num_computed + n
+            assert end <= len(lane.tokens), "a row beyond its lane's tokens"
+            for index, position in list(enumerate(lane.positions(end)))[-n:]:
+                written[self.slot(lane, index)] += 1
+                self.memory[self.slot(lane, index)] = self.kv(lane, position)
         assert all(count == 1 for count in written.values()), "two rows write one slot"
         for lane, n in rows:
-            for position in range(lane.num_computed + n):
-                found = self.memory.get(self.slot(lane, position))
+            for index, position in enumerate(lane.positions(lane.num_computed + n)):
+                found = self.memory.get(self.slot(lane, index))
                 assert found == self.kv(lane, position), "a row reads foreign KV"
 
         token_ids, logprobs, prompt_logprobs = [], {}, []
@@ -107,10 +132,26 @@ class Shards:
                     logprobs[len(token_ids)] = logprobs_of(lane.tokens, position, start.params.logprobs)
                 token_ids.append(token)
                 self.num_samples[start.seed] += 1
+        sizes = {id(self.lanes[lane]): n for lane, n in chunks}
+        for prune in step.prunes:
+            self.prune(self.lanes[prune.lane], prune, sizes[id(self.lanes[prune.lane])])
         return StepOutput(step.incarnation, step.step, token_ids, logprobs, prompt_logprobs)
 
-    def slot(self, lane: Lane, position: int) -> int:
-        return lane.table[position // self.block_size] * self.block_size + position % self.block_size
+    def prune(self, lane: Lane, prune: Prune, chunk_size: int) -> None:
+        """Copies what is kept; the blocks it goes to are in no other table."""
+        length = lane.start.num_prompt_tokens
+        assert lane.kept is None, "a prompt is pruned once"
+        assert lane.num_computed == length, "a prompt is pruned when it is computed"
+        assert chunk_size >= self.window, "the window's queries are in the last chunk"
+        assert not set(prune.block_table) & set(lane.table), "other blocks than the prompt's"
+        kept = kept_of(lane.tokens[:length], prune.num_kept, self.window)
+        content = [self.memory[self.slot(lane, position)] for position in kept]
+        lane.table, lane.kept = list(prune.block_table), kept
+        for index, kv in enumerate(content):
+            self.memory[self.slot(lane, index)] = kv
+
+    def slot(self, lane: Lane, index: int) -> int:
+        return lane.table[index // self.block_size] * self.block_size + index % self.block_size
 
     def kv(self, lane: Lane, position: int) -> tuple:
         return (salt_of(lane.start.seed), *lane.tokens[: position + 1])
@@ -126,7 +167,8 @@ class Engine:
     def __init__(self, **config):
         self.config = SimpleNamespace(**config)
         self.scheduler = Scheduler(**config)
-        self.shards = Shards(config["block_size"])
+        pruning = config.get("pruning")
+        self.shards = Shards(config["block_size"], pruning.window if pruning else 0)
         self.answers: deque[bytes] = deque()
         self.sequences: dict[tuple[int, int], Sequence] = {}
         self.expected: dict[tuple[int, int], tuple[list[int], str]] = {}
@@ -170,9 +212,12 @@ class Engine:
             for seq in running
             if len(lanes[seq.lane].tokens) == lanes[seq.lane].num_computed + 1
             and len(lanes[seq.lane].tokens) < seq.num_prompt_tokens + seq.max_tokens
+            and bool(seq.num_kept) == (lanes[seq.lane].kept is not None)
         ]
         block_size = self.config.block_size
-        needs = sum(lanes[seq.lane].num_computed == len(lanes[seq.lane].table) * block_size for seq in ready)
+        lengths = [len(lanes[seq.lane].positions(lanes[seq.lane].num_computed)) for seq in ready]
+        tables = [len(lanes[seq.lane].table) for seq in ready]
+        needs = sum(length == table * block_size for length, table in zip(lengths, tables, strict=True))
         num_free, num_preemptions = self.scheduler.blocks.num_free_blocks, self.scheduler.num_preemptions
 
         step = self.scheduler.schedule()

@@ -10,6 +10,7 @@ from hypothesis import Phase, given, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from rayllm import block_manager
+from rayllm.pruning import SnapKV, Streaming
 
 pytest.register_assert_rewrite("shard_model")
 from shard_model import EOS, Engine  # noqa: E402
@@ -23,19 +24,29 @@ def tiny_digest(data: bytes) -> bytes:
     return bytes((zlib.crc32(data) % 3,))
 
 
+def policies(block_size):
+    limits = st.integers(6, 12)
+    return st.builds(SnapKV, limits, st.just(block_size), st.integers(2, 5)) | st.builds(
+        Streaming, limits, st.just(block_size)
+    )
+
+
 @st.composite
 def engine_configs(draw):
     max_model_len, block_size = draw(st.integers(8, 32)), draw(st.integers(1, 4))
     least = -(-max_model_len // block_size)
     max_num_seqs = draw(st.integers(1, 5))
+    pruning = draw(st.none() | policies(block_size))
+    least_batch = max_num_seqs + (pruning.window if pruning else 0)
     return {
         "num_blocks": draw(st.one_of(st.just(least), st.integers(least, 3 * least))),
         "block_size": block_size,
         "max_num_seqs": max_num_seqs,
-        "max_num_batched_tokens": draw(st.integers(max_num_seqs, max_num_seqs + 24)),
+        "max_num_batched_tokens": draw(st.integers(least_batch, least_batch + 24)),
         "max_model_len": max_model_len,
         "enable_prefix_caching": draw(st.booleans()),
         "incarnation": draw(st.integers(0, 3)),
+        "pruning": pruning,
     }
 
 
@@ -66,6 +77,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 stops=data.draw(st.sampled_from((frozenset({EOS}), frozenset({EOS, 2}), frozenset()))),
                 logprobs=data.draw(st.sampled_from((None, None, 0, 2))),
                 prompt_logprobs=data.draw(st.sampled_from((None, None, None, 1))),
+                snapkv_limit=data.draw(st.sampled_from((0, 0, 0, None, 6))),
             )
 
     @rule(moves=st.lists(st.booleans(), min_size=1, max_size=30))
@@ -251,6 +263,90 @@ def test_admission_leaves_a_block_to_each_that_runs():
     assert len(engine.schedule().starts) == 1  # three blocks are free, and would do for the prompt alone
     engine.drain(2)
     assert engine.scheduler.num_preemptions == 0
+
+
+def pruned_engine(**config) -> Engine:
+    return small_engine(**{"pruning": SnapKV(limit=8, block_size=2, window=4), **config})
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_pruned_prompt_holds_what_it_keeps(depth):
+    """And what it said; its other blocks are free for others, and still cached."""
+    engine = pruned_engine()
+    key = engine.add(range(1, 41), max_tokens=20, stops=frozenset())
+    assert len(engine.schedule().prunes) == 0, "32 of 40 tokens"
+    step = engine.schedule()
+    assert (step.chunks[1], step.prunes[0].num_kept, len(step.prunes[0].block_table)) == (8, 8, 4)
+    assert engine.scheduler.blocks.num_free_blocks == 64 - 4
+    again = engine.add(range(1, 41), max_tokens=1)
+    engine.drain(depth)
+    assert engine.updates[again][0].num_cached_tokens == 36, "all whole blocks before the window"
+    assert [engine.updates[k][0].num_pruned_tokens for k in (key, again)] == [32, 32]
+    assert engine.scheduler.num_pruned_tokens == 64
+
+
+def test_what_is_not_pruned():
+    engine = pruned_engine()
+    short = engine.add(range(1, 9), max_tokens=2)
+    little = engine.add(range(1, 10), max_tokens=2)
+    refused = engine.add(range(1, 40), max_tokens=2, snapkv_limit=None)
+    lower = engine.add(range(2, 40), max_tokens=2, snapkv_limit=6)
+    engine.drain(2)
+    pruned = [engine.updates[key][0].num_pruned_tokens for key in (short, little, refused, lower)]
+    assert pruned == [0, 1, 0, 32], "9 tokens are a block more than 8"
+
+
+def test_the_last_chunk_holds_the_window():
+    engine = pruned_engine(max_num_batched_tokens=14, max_num_seqs=2)
+    engine.add(range(1, 31), max_tokens=1)
+    sizes = [engine.schedule().chunks[1], engine.schedule().chunks[1]]
+    engine.update()
+    sizes.append(engine.schedule().chunks[1])
+    assert sizes == [14, 12, 4], "not 14, 14, 2"
+    engine.drain(1)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    lengths=st.lists(st.integers(9, 24), min_size=9, max_size=20),
+    depth=st.integers(1, 2),
+    window=st.integers(2, 4),
+    block_size=st.integers(1, 3),
+)
+def test_preemption_after_pruning_changes_no_output(lengths, depth, window, block_size):
+    """The cache has room for one sequence; those that are preempted are pruned again, and go on."""
+    engine = small_engine(
+        num_blocks=-(-52 // block_size),
+        block_size=block_size,
+        max_model_len=48,
+        pruning=SnapKV(limit=6, block_size=block_size, window=window),
+    )
+    for i, length in enumerate(lengths):
+        engine.add([1 + i % 3] * length, max_tokens=20, stops=frozenset(), variant=i % 2)
+    engine.drain(depth)
+    assert engine.scheduler.num_preemptions > 0
+    assert engine.scheduler.num_pruned_tokens >= sum(length - 6 for length in lengths) - len(lengths) * 3
+
+
+def test_more_sequences_fit():
+    """At a fixed cache, at least 0.8 × (L + g) / (limit + g) as many decode together."""
+
+    def together(**config) -> int:
+        engine = small_engine(
+            num_blocks=220, block_size=2, max_model_len=128, max_num_seqs=64, max_num_batched_tokens=256, **config
+        )
+        for i in range(40):
+            engine.add([1 + i % 3, *[2 + i] * 99], max_tokens=20, stops=frozenset())
+        most = 0
+        while engine.scheduler.sequences or engine.answers:
+            if len(engine.answers) < 2 and (step := engine.schedule()):
+                most = max(most, len(step.decode_lanes))
+            else:
+                engine.update()
+        return most
+
+    gain = together(pruning=SnapKV(limit=10, block_size=2, window=4)) / together()
+    assert gain >= 0.8 * (100 + 20) / (10 + 20)
 
 
 def test_min_tokens_travel_as_banned_tokens():

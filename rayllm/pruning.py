@@ -1,0 +1,111 @@
+"""Which tokens of a prompt keep their KV: the policies. Schedulers ask how many are kept, shards which.
+
+A policy is three things: `window`, the number of last prompt tokens whose queries it must see; `num_kept`; and
+`score`. To add one, write a class like these and name it in `POLICIES`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Protocol
+
+from rayllm.config import EngineConfig
+
+if TYPE_CHECKING:
+    import torch
+
+SINKS = 4
+"""First tokens of a prompt, which are always kept (attention sinks, arXiv:2309.17453)."""
+
+
+class PruningPolicy(Protocol):
+    @property
+    def window(self) -> int:
+        """Last prompt tokens that are always kept, and whose queries `score` gets."""
+
+    @property
+    def pool_width(self) -> int:
+        """Scores are max-pooled over so many neighbouring keys."""
+
+    def num_kept(self, num_prompt_tokens: int, limit: int | None) -> int:
+        """How many of a prompt's tokens are kept, with the request's `snapkv_limit`; 0: the prompt is not pruned."""
+
+    def score(
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        block_tables: torch.Tensor,
+        kv_lens: torch.Tensor,
+        scale: float,
+        max_kv_len: int,
+    ) -> torch.Tensor:
+        """What each key is worth to each KV head: [P, Hkv, max_kv_len] float32, at least 0.
+
+        q: [P, window, Hq, D], rotated queries of the window; the rest as for attention.
+        """
+
+
+@dataclass(frozen=True)
+class _Limited:
+    limit: int
+    block_size: int
+
+    def num_kept(self, num_prompt_tokens: int, limit: int | None) -> int:
+        """The limit, unless less than one block would be saved."""
+        if limit is None:
+            return 0
+        kept = min(limit or self.limit, self.limit)
+        saved = -(-num_prompt_tokens // self.block_size) - -(-kept // self.block_size)
+        return kept if saved > 0 else 0
+
+
+@dataclass(frozen=True)
+class SnapKV(_Limited):
+    """The keys that the prompt's last queries attend to (arXiv:2404.14469), each with its neighbours."""
+
+    window: int
+    pool_width: ClassVar[int] = 15
+
+    def score(
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        block_tables: torch.Tensor,
+        kv_lens: torch.Tensor,
+        scale: float,
+        max_kv_len: int,
+    ) -> torch.Tensor:
+        from rayllm_kernels import window_scores
+
+        return window_scores(q, k_cache, block_tables, kv_lens, scale, max_kv_len)
+
+
+@dataclass(frozen=True)
+class Streaming(_Limited):
+    """The first tokens and the most recent ones (StreamingLLM, arXiv:2309.17453)."""
+
+    window: ClassVar[int] = 0
+    pool_width: ClassVar[int] = 1
+
+    def score(
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        block_tables: torch.Tensor,
+        kv_lens: torch.Tensor,
+        scale: float,
+        max_kv_len: int,
+    ) -> torch.Tensor:
+        import torch
+
+        position = torch.arange(max_kv_len, dtype=torch.float32, device=q.device)
+        return position.expand(len(kv_lens), k_cache.shape[2], max_kv_len)
+
+
+def make_policy(config: EngineConfig) -> PruningPolicy | None:
+    """The policy that the configuration asks for; None for an engine that prunes nothing."""
+    if not config.enable_snapkv:
+        return None
+    if config.snapkv_policy == "streaming":
+        return Streaming(config.snapkv_limit, config.block_size)
+    return SnapKV(config.snapkv_limit, config.block_size, config.snapkv_attn_sample_queries)

@@ -1,0 +1,155 @@
+"""SnapKV against an implementation from its definition: transformers in float64, one sequence at a time."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from engine_testing import greedy, stats_of, tokens_of
+
+from rayllm import LLM, UsageError
+
+WINDOW, SINKS, POOL = 8, 4, 15
+PRUNING: dict[str, Any] = {"enable_snapkv": True, "snapkv_limit": 24, "snapkv_attn_sample_queries": WINDOW}
+WHOLE = PRUNING | {"max_model_len": 192, "block_size": 8, "max_num_seqs": 16, "max_num_batched_tokens": 1024}
+CHUNKED = WHOLE | {"max_num_batched_tokens": 24}
+# room for a prompt, what it keeps and says, and little more
+TIGHT = CHUNKED | {"block_size": 4, "num_gpu_blocks_override": 52, "max_num_seqs": 6}
+LENGTH = 24
+
+
+class PrunedReference:
+    """Greedy decoding over a pruned cache."""
+
+    def __init__(self, folder: Path):
+        auto = transformers.AutoModelForCausalLM
+        self.model = auto.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager").eval()
+
+    @torch.no_grad()
+    def kept(self, prompt: list[int], limit: int, policy: str = "snapkv") -> list[list[list[int]]]:
+        """By layer and KV head, the positions whose keys and values are kept."""
+        length, num_heads = len(prompt), self.model.config.num_key_value_heads
+        if policy == "streaming":
+            positions = [*range(SINKS), *range(length - limit + SINKS, length)]
+            return [[positions] * num_heads] * self.model.config.num_hidden_layers
+        attentions = self.model(torch.tensor([prompt]), output_attentions=True).attentions
+        layers = []
+        for weights in attentions:  # [1, query heads, queries, keys]
+            columns = weights[0, :, -WINDOW:].sum(dim=1)
+            heads = []
+            for group in columns.chunk(num_heads):
+                reach = POOL // 2
+                pooled = [group[:, max(0, i - reach) : i + reach + 1].max().item() for i in range(length)]
+                always = [*range(SINKS), *range(length - WINDOW, length)]
+                rest = sorted(set(range(length)) - set(always), key=lambda i: (-pooled[i], i))
+                heads.append(sorted(always + rest[: limit - len(always)]))
+            layers.append(heads)
+        return layers
+
+    @torch.no_grad()
+    def generate(self, prompt: list[int], limit: int, max_tokens: int, policy: str = "snapkv") -> list[int]:
+        output = self.model(torch.tensor([prompt]), use_cache=True)
+        cache = output.past_key_values
+        if len(prompt) > limit:
+            for layer, heads in zip(cache.layers, self.kept(prompt, limit, policy), strict=True):
+                index = torch.tensor(heads)[None, :, :, None].expand(-1, -1, -1, layer.keys.shape[-1])
+                layer.keys, layer.values = layer.keys.gather(2, index), layer.values.gather(2, index)
+        tokens = [int(output.logits[0, -1].argmax())]
+        while len(tokens) < max_tokens:
+            position = torch.tensor([[len(prompt) + len(tokens) - 1]])
+            output = self.model(torch.tensor([tokens[-1:]]), past_key_values=cache, position_ids=position)
+            tokens.append(int(output.logits[0, -1].argmax()))
+        return tokens
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_models: dict[str, Path]) -> PrunedReference:
+    return PrunedReference(tiny_models["llama"])
+
+
+def make_prompts(rng: random.Random) -> list[list[int]]:
+    """Some begin alike, two are the same, some are not longer than the limit or hardly so."""
+    stem = [rng.randrange(199) for _ in range(40)]
+    lengths = (1, 24, 25, 32, 33, 41, rng.randint(60, 100), rng.randint(60, 100))
+    prompts = [[rng.randrange(199) for _ in range(length)] for length in lengths]
+    prompts += [stem + [rng.randrange(199) for _ in range(length)] for length in (1, 9, 40)]
+    rng.shuffle(prompts)
+    return [*prompts, prompts[0]]
+
+
+def keeps(prompt: list[int], block_size: int) -> bool:
+    """Whether pruning would save no block."""
+    return -(-len(prompt) // block_size) <= -(-24 // block_size)
+
+
+@pytest.mark.parametrize(
+    ("size", "config"),
+    [
+        pytest.param(1, WHOLE, id="whole"),
+        pytest.param(1, CHUNKED, id="chunked"),
+        pytest.param(1, TIGHT, id="tight"),
+        pytest.param(2, TIGHT, id="tight, two shards"),
+        pytest.param(1, WHOLE | {"snapkv_policy": "streaming"}, id="streaming"),
+    ],
+)
+def test_outputs(engines, tiny: PrunedReference, rng, size: int, config: dict[str, Any]):
+    """However prompts are cut, batched, preempted, cached or split over shards: the reference's tokens."""
+    llm: LLM = engines("llama", size, **config)
+    prompts = make_prompts(rng)
+    policy = config.get("snapkv_policy", "snapkv")
+    limits = [10**9 if keeps(prompt, config["block_size"]) else 24 for prompt in prompts]
+    expected = [tiny.generate(p, limit, LENGTH, policy) for p, limit in zip(prompts, limits, strict=True)]
+    before = stats_of(llm)
+    results = llm.generate(prompts, greedy(LENGTH), use_tqdm=False)
+    assert tokens_of(results) == expected
+    for prompt, limit, result in zip(prompts, limits, results, strict=True):
+        assert result["num_pruned_tokens"] == max(len(prompt) - limit, 0)
+    if config["block_size"] == 4:
+        assert stats_of(llm).num_preemptions > before.num_preemptions
+    longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for _ in range(2):  # alone, and cached up to the window
+        [result] = llm.generate([prompts[longest]], greedy(LENGTH), use_tqdm=False)
+        assert result["token_ids"] == expected[longest]
+    length, block_size = len(prompts[longest]), config["block_size"]
+    window = 1 if policy == "streaming" else WINDOW
+    assert result["num_cached_tokens"] == (length - window) // block_size * block_size
+
+
+def test_limits_of_requests(engines, tiny: PrunedReference, rng):
+    llm: LLM = engines("llama", 1, **WHOLE)
+    prompt = [rng.randrange(199) for _ in range(90)]
+    for limit, kept in ((0, 24), (None, 90), (16, 16), (24, 24)):
+        [result] = llm.generate([prompt], greedy(LENGTH, snapkv_limit=limit), use_tqdm=False)
+        assert result["num_pruned_tokens"] == 90 - kept
+        assert result["token_ids"] == tiny.generate(prompt, kept, LENGTH)
+    for limit in (11, 25):
+        with pytest.raises(UsageError, match=f"snapkv_limit must be 12 to 24, or None, not {limit}"):
+            llm.generate([prompt], greedy(1, snapkv_limit=limit), use_tqdm=False)
+
+
+def test_without_pruning_limits_are_refused(engines):
+    llm: LLM = engines("llama", 1, max_model_len=128, block_size=8, max_num_seqs=16, max_num_batched_tokens=1024)
+    with pytest.raises(UsageError, match="this engine runs without enable_snapkv"):
+        llm.generate([[1]], greedy(1, snapkv_limit=20), use_tqdm=False)
+
+
+def test_leaving_while_it_prunes(engines, tiny: PrunedReference, rng):
+    """Leaks nothing: the fixture sees to that."""
+    llm: LLM = engines("llama", 1, **CHUNKED)
+    prompts = [[rng.randrange(199) for _ in range(120)] for _ in range(8)]
+    streams = [llm.stream(prompt, greedy(60)) for prompt in prompts]
+    for i, stream in enumerate(streams):
+        for _ in range(i % 3):
+            next(stream)
+        stream.close()
+    [result] = llm.generate(prompts[:1], greedy(LENGTH), use_tqdm=False)
+    assert result["token_ids"] == tiny.generate(prompts[0], 24, LENGTH)
+
+
+def test_shards_that_share_a_head_are_refused(model_paths):
+    with pytest.raises(UsageError, match="tensor_parallel_size must be at most 2 with enable_snapkv"):
+        LLM(str(model_paths["llama"]), device="cpu", tensor_parallel_size=4, skip_tokenizer_init=True, **PRUNING)
