@@ -10,6 +10,7 @@ from functools import cache
 from typing import Any, Generic, TypeVar
 
 import msgspec
+from msgspec import UNSET
 
 from deployments.protocol import (
     MAX_PROMPTS,
@@ -57,6 +58,8 @@ TEMPLATE_SWITCHES = ("continue_final_message", "add_generation_prompt")
 def params_of(request: GenerationRequest) -> SamplingParams:
     """Raises `UsageError` for what no single field's type can tell."""
     given = {name: value for name in SAME_FIELDS if (value := getattr(request, name)) is not None}
+    if request.snapkv_limit is not UNSET:
+        given["snapkv_limit"] = request.snapkv_limit
     if request.stream_options is not None and not request.stream:
         raise UsageError("stream_options must be left out unless stream is true")
     if isinstance(request, CompletionRequest):
@@ -144,19 +147,21 @@ class Writer(Generic[R]):
         }
         self.num_output_tokens = 0
         self._cached: dict[int, int] = {}
+        self._pruned: dict[int, int] = {}
         self._includes_usage = bool(request.stream_options and request.stream_options.include_usage)
 
     def usage(self) -> Usage:
         prompt_tokens = sum(map(len, self.prompts))
-        cached_tokens = sum(self._cached.values())
         total = prompt_tokens + self.num_output_tokens
-        return Usage(prompt_tokens, self.num_output_tokens, total, TokenDetails(cached_tokens))
+        details = TokenDetails(sum(self._cached.values()), sum(self._pruned.values()))
+        return Usage(prompt_tokens, self.num_output_tokens, total, details)
 
     def count(self, increment: Increment) -> None:
         self.num_output_tokens += len(increment.token_ids)
         n = self.request.n or 1
         if increment.index % n == 0:  # a prompt's other choices find what this one computed
             self._cached.setdefault(increment.index // n, increment.num_cached_tokens)
+            self._pruned.setdefault(increment.index // n, increment.num_pruned_tokens)
 
     def chunk_usage(self) -> dict[str, Any]:
         return {"usage": None} if self._includes_usage else {}

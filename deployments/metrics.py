@@ -145,15 +145,18 @@ ENGINE_METRICS = {
     "kv_blocks_used": "KV cache blocks that sequences hold",
     "kv_blocks": "KV cache blocks in all",
     "preemptions": "Preemptions since the engine started",
+    "pruned_tokens": "Prompt tokens whose KV was given up since the engine started",
+    "pruned_blocks": "KV cache blocks that pruned prompts gave back since the engine started",
     "steps": "Steps since the engine started",
 }
-ENGINE_COUNTERS = {"preemptions", "steps"}
+ENGINE_COUNTERS = {"preemptions", "pruned_tokens", "pruned_blocks", "steps"}
 
 
 def engine_values(stats: EngineStats, num_blocks: int) -> dict[str, float]:
     """In the order of `ENGINE_METRICS`."""
     used = num_blocks - stats.num_free_blocks
-    values = (stats.num_running, stats.num_waiting, used, num_blocks, stats.num_preemptions, stats.num_steps)
+    totals = (stats.num_preemptions, stats.num_pruned_tokens, stats.num_pruned_blocks, stats.num_steps)
+    values = (stats.num_running, stats.num_waiting, used, num_blocks, *totals)
     return dict(zip(ENGINE_METRICS, map(float, values), strict=True))
 
 

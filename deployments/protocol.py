@@ -59,6 +59,8 @@ class GenerationRequest(Body, kw_only=True):
     stop_token_ids: Annotated[list[TokenId], Meta(max_length=MAX_STOPS)] | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
+    snapkv_limit: Annotated[int, Meta(ge=0, le=MAX_ID)] | UnsetType | None = UNSET
+    """Prompt tokens that keep their KV, where the model is served with SnapKV; null: all."""
     cache_salt: Annotated[str, Meta(min_length=1, max_length=MAX_STOP_CHARS)] | None = None
     """Requests share cached prompts only with those of the same salt."""
 
@@ -165,6 +167,7 @@ class DetokenizeRequest(Body):
 
 class TokenDetails(msgspec.Struct):
     cached_tokens: int
+    pruned_tokens: int
 
 
 class Usage(msgspec.Struct):

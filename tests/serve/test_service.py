@@ -116,6 +116,31 @@ def test_python_handles(tiny: Service):
     tiny.assert_idle()
 
 
+def test_snapkv(deploy, tiny_text_model: Path, smollm2: Path):
+    service = deploy(
+        "snapkv",
+        model=str(tiny_text_model),
+        tokenizer=str(smollm2),
+        served_model_name="org/tiny",
+        num_gpu_blocks_override=200,
+        block_size=16,
+        enable_snapkv=True,
+        snapkv_limit=64,
+    )
+    body = TINY | {"prompt": list(range(300)), "temperature": 0}
+
+    def ask(**fields: Any) -> tuple[str, int]:
+        answer = service.http.post("/v1/completions", json=body | fields).json()
+        return answer["choices"][0]["text"], answer["usage"]["prompt_tokens_details"]["pruned_tokens"]
+
+    pruned = [ask()[1], ask(snapkv_limit=None)[1], ask(snapkv_limit=40)[1], ask(snapkv_limit=0)[1]]
+    assert pruned == [236, 0, 260, 236]
+    refused = service.http.post("/v1/completions", json=body | {"snapkv_limit": 65})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "snapkv_limit")
+    service.assert_idle()
+    assert service.metric("rayllm_pruned_tokens_total") == 236 + 260 + 236
+
+
 # Command lines
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from deployments.config import read_arguments
 from rayllm import config
 from rayllm.config import EngineConfig
 from rayllm.errors import UsageError
@@ -32,6 +33,10 @@ FIELDS = [option.name for option in dataclasses.fields(EngineConfig)]
         ({"placement_timeout_s": -1}, "placement_timeout_s"),
         ({"dtype": "int8"}, "dtype must be one of auto, float32, bfloat16, float16, not 'int8'"),
         ({"device": "tpu"}, "device must be one of auto, cpu, cuda, not 'tpu'"),
+        ({"step_timeout_s": 0}, "step_timeout_s must be over 0"),
+        ({"snapkv_limit": 35}, "snapkv_limit must be at least 36, the tokens that are always kept, not 35"),
+        ({"snapkv_attn_sample_queries": 1}, "snapkv_attn_sample_queries must be at least 2"),
+        ({"snapkv_policy": "h2o"}, "snapkv_policy must be one of snapkv, streaming"),
         ({"load_format": "pt"}, "load_format must be one of auto, dummy"),
         ({"tokenizer": "a", "skip_tokenizer_init": True}, "skip_tokenizer_init must be off"),
         ({"max_num_seqs": "8"}, "max_num_seqs must be int, not '8'"),
@@ -78,6 +83,40 @@ def test_what_device_and_model_refuse():
         resolved("cuda", block_size=24)
 
 
+def test_pruning_and_the_rest():
+    with pytest.raises(UsageError, match=r"max_num_batched_tokens must be at least .* \(288\), not 280"):
+        resolved("cpu", enable_snapkv=True, max_num_batched_tokens=280)
+    config = EngineConfig(model="m", tensor_parallel_size=4, enable_snapkv=True)
+    with pytest.raises(UsageError, match="tensor_parallel_size must be at most 2 with enable_snapkv"):
+        config.resolved(device="cpu", model_dtype="float32", model_max_len=64, model_kv_heads=2)
+    assert resolved("cuda").step_timeout_s == 10
+    assert resolved("cpu", step_timeout_s=3).step_timeout_s == 3
+
+
+def test_texts_become_what_fields_hold():
+    """As `serve run` hands them over."""
+    texts = {"model": "8", "max_num_seqs": "8", "max_model_len": "null", "seed": "x", "enforce_eager": "True"}
+    parsed = EngineConfig.parse(texts | {"gpu_memory_utilization": "0.5", "dtype": "float32", "other": "1"})
+    expected = {"model": "8", "max_num_seqs": 8, "max_model_len": None, "seed": "x", "enforce_eager": True}
+    assert parsed == expected | {"gpu_memory_utilization": 0.5, "dtype": "float32", "other": "1"}
+
+
+def test_arguments_of_the_service():
+    api, [model] = read_arguments({"model": "a/b.gguf", "num_replicas": "2", "api_keys": '["k"]', "max_body_bytes": 5})
+    assert (model.name, model.num_replicas, api.api_keys, api.max_body_bytes) == ("b", 2, ("k",), 5)
+    api, models = read_arguments({"models": [{"model": "x/"}, {"model": "y", "served_model_name": "z"}]})
+    assert [model.name for model in models] == ["x", "z"]
+    for arguments, message in (
+        ({"models": [], "api_keys": ["k"]}, "models must be a list with the arguments of each model"),
+        ({"models": [{"model": "x"}], "max_num_seqs": 4}, "unknown engine argument max_num_seqs"),
+        ({"models": [{"model": "x"}, {"model": "y/x"}]}, "served_model_name must differ .* two are called x"),
+        ({"model": "x", "api_key": "k"}, "did you mean api_keys"),
+        ({"model": "x", "api_replicas": 0}, "api_replicas must be at least 1"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            read_arguments(arguments)
+
+
 def parse(*arguments: str) -> EngineConfig:
     parser = argparse.ArgumentParser()
     parser.add_argument("model")
@@ -94,6 +133,7 @@ def test_every_field_is_a_flag(name: str):
         "device": "cuda",
         "gpu_memory_utilization": 0.25,
         "placement_timeout_s": 2.5,
+        "snapkv_policy": "streaming",
     }
     default = getattr(EngineConfig(model="model"), name)
     flag = "--" + name.replace("_", "-")
