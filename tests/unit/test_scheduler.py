@@ -205,10 +205,11 @@ def test_prompt_logprobs_take_no_hits_but_leave_blocks():
     assert [engine.updates[key][0].num_cached_tokens for key in (first, second, third)] == [0, 0, 14]
 
 
+@pytest.mark.parametrize("pruning", [None, SnapKV(limit=6, block_size=2, window=2)])
 @pytest.mark.parametrize("num_moves", range(6))
-def test_abort_at_any_time(num_moves):
+def test_abort_at_any_time(num_moves, pruning):
     """One that waits, is in its prompt or decodes, with a step in flight or none."""
-    engine = small_engine(max_num_seqs=2, max_num_batched_tokens=8)
+    engine = small_engine(max_num_seqs=2, max_num_batched_tokens=8, pruning=pruning)
     keys = [engine.add([token] * 14, max_tokens=9, stops=frozenset()) for token in (1, 2, 3)]
     for move in range(num_moves):
         engine.schedule()
