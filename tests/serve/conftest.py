@@ -18,7 +18,7 @@ from deployments.openai_api import build
 @pytest.fixture(scope="package")
 def host() -> Iterator[str]:
     """Where Serve listens."""
-    ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init("local", num_cpus=16, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     port = free_port()
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     yield f"http://127.0.0.1:{port}"
