@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from typing import Any
@@ -38,6 +39,7 @@ def run(options: argparse.Namespace) -> None:
     Raises `UsageError` for what cannot work and `EngineDeadError` when the service fails to start, or ends.
     """
     config, model = from_arguments(options, ApiConfig), from_arguments(options, ServedModel)
+    _check_host(options.host, config)
     _check_port(options.host, options.port)
     started_ray = placement.connect(options.address, min_cpus=model.tensor_parallel_size)
     stopped = threading.Event()
@@ -61,6 +63,16 @@ def run(options: argparse.Namespace) -> None:
             serve.delete(APP)
         if started_ray:
             ray.shutdown()
+
+
+def _check_host(host: str, config: ApiConfig) -> None:
+    if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY", "0") != "0" and host != "0.0.0.0":
+        raise UsageError(
+            "RAY_SERVE_ENABLE_HA_PROXY makes Serve listen on all interfaces, HAProxy's statistics included: "
+            "pass --host 0.0.0.0 if that is meant, or unset it"
+        )
+    if host not in ("127.0.0.1", "localhost", "::1") and not config.api_keys:
+        print(f"Warning: {host} is open to the network, and without --api-keys to everybody on it", file=sys.stderr)
 
 
 def _check_port(host: str, port: int) -> None:

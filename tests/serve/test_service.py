@@ -228,3 +228,11 @@ def test_rayllm_serve_refuses_in_one_line(command, tiny: Service, tiny_text_mode
         assert out == ""
         assert err.splitlines()[-1].startswith(f"Error: {message}"), err
         assert time.monotonic() - start < 90
+
+
+def test_haproxy_needs_an_open_host(smollm2: Path):
+    environment = os.environ | {"RAY_SERVE_ENABLE_HA_PROXY": "1"}
+    command = [*RAYLLM, "serve", str(smollm2), "--port", str(free_port())]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+    assert ended.returncode == 2
+    assert ended.stderr.splitlines()[-1].startswith("Error: RAY_SERVE_ENABLE_HA_PROXY makes Serve listen on all")
