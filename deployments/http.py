@@ -220,8 +220,9 @@ def openapi(endpoints: list[Endpoint], models: list[str], asks_for_keys: bool) -
             {"application/json": {"schema": reference[endpoint.answer]}} if endpoint.answer else {"text/plain": {}}
         )
         if endpoint.chunk:
-            stream = f"`data:` events of the schema {endpoint.chunk.__name__}, then `data: [DONE]`"
-            content["text/event-stream"] = {"schema": {"type": "string", "description": stream}}
+            what = f"JSON of the schema {endpoint.chunk.__name__}, or of ErrorBody; [DONE] in the last event"
+            event = {"type": "object", "properties": {"data": {"type": "string", "description": what}}}
+            content["text/event-stream"] = {"schema": event | {"required": ["data"]}}
         responses: dict[str, Any] = {"200": {"description": endpoint.summary, "content": content}}
         statuses = [*endpoint.statuses, 405, 500] + ([400, 413] if endpoint.body else [])
         statuses += [401] if asks_for_keys and not endpoint.is_open else []
