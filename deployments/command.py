@@ -13,8 +13,6 @@ import threading
 import time
 from typing import Any
 
-os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")  # a Ray that is started here writes its logs to files only
-
 import ray
 from ray import serve
 from ray.serve.schema import ApplicationStatus
@@ -41,6 +39,9 @@ def run(options: argparse.Namespace) -> None:
     config, model = from_arguments(options, ApiConfig), from_arguments(options, ServedModel)
     _check_host(options.host, config)
     _check_port(options.host, options.port)
+    # A Ray that is started here runs Serve with fewer threads and hops, and with its logs in files only. This process
+    # has imported Serve before: its own handles are to work without an event loop.
+    os.environ.setdefault("RAY_SERVE_THROUGHPUT_OPTIMIZED", "1")
     started_ray = placement.connect(options.address, min_cpus=model.tensor_parallel_size)
     stopped = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):  # after Ray, which sets its own
@@ -49,7 +50,7 @@ def run(options: argparse.Namespace) -> None:
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         arguments = {name: getattr(part, name) for part in (config, model) for name in part.names()}
         app = build(arguments)
-        serve.start(http_options={"host": options.host, "port": options.port})
+        _start_serve(options.host, options.port)
         serve.run_many([serve.RunTarget(app, name=APP, route_prefix="/")], wait_for_applications_running=False)
         started = time.monotonic()
         if _wait(model.name, stopped):
@@ -59,10 +60,11 @@ def run(options: argparse.Namespace) -> None:
             _watch(stopped)
             _drain(config.drain_timeout_s)
     finally:
-        with contextlib.suppress(Exception):
-            serve.delete(APP)
         if started_ray:
             ray.shutdown()
+        else:
+            with contextlib.suppress(Exception):
+                serve.delete(APP)
 
 
 def _check_host(host: str, config: ApiConfig) -> None:
@@ -82,6 +84,15 @@ def _check_port(host: str, port: int) -> None:
             probe.bind((host, port))
         except (OSError, OverflowError) as error:
             raise UsageError(f"cannot listen at {host}:{port} ({error}): choose another --host or --port") from None
+
+
+def _start_serve(host: str, port: int) -> None:
+    serve.start(http_options={"host": host, "port": port})
+    running = serve.context._get_global_client().http_config  # another's options stay, if Serve ran already
+    if (running.host, running.port) != (host, port):
+        raise UsageError(
+            f"Serve runs on this cluster already, at {running.host}:{running.port}: pass these as --host and --port"
+        )
 
 
 def _status() -> Any:

@@ -10,9 +10,9 @@ import pytest
 import ray
 import transformers
 from ray import serve
-from serve_testing import Service, eventually, free_port
 
 from deployments.openai_api import build
+from serve.serve_testing import Service, eventually, free_port
 
 
 @pytest.fixture(scope="package")

@@ -12,7 +12,8 @@ from typing import Any
 
 import httpx
 import pytest
-from serve_testing import Service
+
+from serve.serve_testing import Service
 
 TINY: dict[str, Any] = {"model": "org/tiny", "temperature": 1, "ignore_eos": True}
 
@@ -67,10 +68,12 @@ def test_200_streams(tiny: Service, rng: random.Random):
             assert slowest < 1
             return texts
 
-    streamed = asyncio.run(work())
-    for body, text in list(zip(bodies, streamed, strict=True)):
-        [choice] = tiny.http.post("/v1/completions", json=body).json()["choices"]
-        assert choice["text"] == text
+    async def twins() -> list[str]:
+        async with httpx.AsyncClient(base_url=tiny.url, timeout=120, limits=httpx.Limits(max_connections=20)) as client:
+            answers = await asyncio.gather(*(client.post("/v1/completions", json=body) for body in bodies))
+            return [answer.json()["choices"][0]["text"] for answer in answers]
+
+    assert asyncio.run(work()) == asyncio.run(twins())
     tiny.assert_idle()
 
 

@@ -10,9 +10,9 @@ from typing import Any
 import openai
 import pytest
 from openai import AsyncOpenAI
-from serve_testing import Service
 
 from rayllm.tokenizer import Tokenizer
+from serve.serve_testing import Service
 
 CHAT: list[Any] = [
     {"role": "system", "content": "You are brief."},

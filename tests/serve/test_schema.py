@@ -9,7 +9,8 @@ import schemathesis
 from hypothesis import HealthCheck, given, settings
 from schemathesis import checks
 from schemathesis.generation import GenerationMode
-from serve_testing import Service
+
+from serve.serve_testing import Service
 
 
 @pytest.fixture(scope="module")
