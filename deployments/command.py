@@ -38,7 +38,8 @@ def run(options: argparse.Namespace) -> None:
     """
     config, model = from_arguments(options, ApiConfig), from_arguments(options, ServedModel)
     _check_host(options.host, config)
-    _check_port(options.host, options.port)
+    if not (options.address or os.environ.get("RAY_ADDRESS")):  # Serve may run already on a cluster that is there
+        _check_port(options.host, options.port)
     # A Ray that is started here runs Serve with fewer threads and hops, and with its logs in files only. This process
     # has imported Serve before: its own handles are to work without an event loop.
     os.environ.setdefault("RAY_SERVE_THROUGHPUT_OPTIMIZED", "1")

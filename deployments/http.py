@@ -138,8 +138,9 @@ def make_app(
     schema = _encode(openapi(endpoints, models, bool(keys)))
 
     def check_key(request: Request) -> None:
-        given = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
-        if keys and not any([hmac.compare_digest(given, key) for key in keys]):  # all, whichever fits
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        is_known = any([hmac.compare_digest(given.encode(), key) for key in keys])  # all, whichever fits
+        if keys and not (is_known and scheme.lower() == "bearer"):
             raise ApiError(401, "give a valid API key: Authorization: Bearer KEY", code="invalid_api_key")
 
     async def read_body(request: Request) -> bytes:

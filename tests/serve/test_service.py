@@ -44,7 +44,12 @@ def two(deploy, tiny_text_model: Path, smollm2: Path) -> Service:
 
 def test_keys(two: Service):
     assert two.http.get("/health").status_code == 200, "load balancers have no key"
-    for headers in ({}, {"authorization": "Bearer secre"}, {"authorization": "Basic secret"}):
+    for headers in (
+        {},
+        {"authorization": "Bearer secre"},
+        {"authorization": "Basic secret"},
+        {"authorization": "secret"},
+    ):
         for path in ("/v1/models", "/metrics"):
             answer = two.http.get(path, headers=headers)
             assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
