@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import transformers
 from engine_testing import greedy, stats_of, tokens_of
+from pruned_reference import PrunedReference
 
 from rayllm import LLM, UsageError
 
-WINDOW, SINKS, POOL = 8, 4, 15
+WINDOW = 8
 PRUNING: dict[str, Any] = {"enable_snapkv": True, "snapkv_limit": 24, "snapkv_attn_sample_queries": WINDOW}
 WHOLE = PRUNING | {"max_model_len": 192, "block_size": 8, "max_num_seqs": 16, "max_num_batched_tokens": 1024}
 CHUNKED = WHOLE | {"max_num_batched_tokens": 24}
@@ -22,53 +21,9 @@ TIGHT = CHUNKED | {"block_size": 4, "num_gpu_blocks_override": 52, "max_num_seqs
 LENGTH = 24
 
 
-class PrunedReference:
-    """Greedy decoding over a pruned cache."""
-
-    def __init__(self, folder: Path):
-        auto = transformers.AutoModelForCausalLM
-        self.model = auto.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager").eval()
-
-    @torch.no_grad()
-    def kept(self, prompt: list[int], limit: int, policy: str = "snapkv") -> list[list[list[int]]]:
-        """By layer and KV head, the positions whose keys and values are kept."""
-        length, num_heads = len(prompt), self.model.config.num_key_value_heads
-        if policy == "streaming":
-            positions = [*range(SINKS), *range(length - limit + SINKS, length)]
-            return [[positions] * num_heads] * self.model.config.num_hidden_layers
-        attentions = self.model(torch.tensor([prompt]), output_attentions=True).attentions
-        layers = []
-        for weights in attentions:  # [1, query heads, queries, keys]
-            columns = weights[0, :, -WINDOW:].sum(dim=1)
-            heads = []
-            for group in columns.chunk(num_heads):
-                reach = POOL // 2
-                pooled = [group[:, max(0, i - reach) : i + reach + 1].max().item() for i in range(length)]
-                always = [*range(SINKS), *range(length - WINDOW, length)]
-                rest = sorted(set(range(length)) - set(always), key=lambda i: (-pooled[i], i))
-                heads.append(sorted(always + rest[: limit - len(always)]))
-            layers.append(heads)
-        return layers
-
-    @torch.no_grad()
-    def generate(self, prompt: list[int], limit: int, max_tokens: int, policy: str = "snapkv") -> list[int]:
-        output = self.model(torch.tensor([prompt]), use_cache=True)
-        cache = output.past_key_values
-        if len(prompt) > limit:
-            for layer, heads in zip(cache.layers, self.kept(prompt, limit, policy), strict=True):
-                index = torch.tensor(heads)[None, :, :, None].expand(-1, -1, -1, layer.keys.shape[-1])
-                layer.keys, layer.values = layer.keys.gather(2, index), layer.values.gather(2, index)
-        tokens = [int(output.logits[0, -1].argmax())]
-        while len(tokens) < max_tokens:
-            position = torch.tensor([[len(prompt) + len(tokens) - 1]])
-            output = self.model(torch.tensor([tokens[-1:]]), past_key_values=cache, position_ids=position)
-            tokens.append(int(output.logits[0, -1].argmax()))
-        return tokens
-
-
 @pytest.fixture(scope="module")
 def tiny(tiny_models: dict[str, Path]) -> PrunedReference:
-    return PrunedReference(tiny_models["llama"])
+    return PrunedReference(tiny_models["llama"], WINDOW)
 
 
 def make_prompts(rng: random.Random) -> list[list[int]]:
@@ -117,6 +72,17 @@ def test_outputs(engines, tiny: PrunedReference, rng, size: int, config: dict[st
     length, block_size = len(prompts[longest]), config["block_size"]
     window = 1 if policy == "streaming" else WINDOW
     assert result["num_cached_tokens"] == (length - window) // block_size * block_size
+
+
+def test_a_real_model(engines, smollm2_folder: Path):
+    """Three KV heads on three shards, each of which keeps what it would keep alone."""
+    config = PRUNING | {"max_model_len": 320, "block_size": 16, "max_num_seqs": 4, "max_num_batched_tokens": 64}
+    llm: LLM = engines("smollm2", 3, **config)
+    reference = PrunedReference(smollm2_folder, WINDOW)
+    text = "Ray places the processes, NCCL moves the tensors, Serve takes the requests. "
+    prompts = [llm.async_llm.client.prepare(text * n + "In short:", greedy(1)) for n in (6, 12)]
+    results = llm.generate(prompts, greedy(LENGTH), use_tqdm=False)
+    assert tokens_of(results) == [reference.generate(prompt, 24, LENGTH) for prompt in prompts]
 
 
 def test_limits_of_requests(engines, tiny: PrunedReference, rng):

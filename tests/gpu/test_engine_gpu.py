@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pruned_reference import PrunedReference
 
 from rayllm import LLM, SamplingParams
 
@@ -114,6 +115,22 @@ def test_float32_equals_transformers(
         **limits,
     )
     assert outputs == float32_reference
+
+
+@pytest.mark.parametrize("tensor_parallel_size", [1, 2])
+@pytest.mark.parametrize("limits", [{}, {"max_num_batched_tokens": 128, "max_num_seqs": 8}], ids=["whole", "chunked"])
+def test_pruned_caches(
+    model_folder: str, prompts: list[list[int]], tensor_parallel_size: int, limits: dict[str, int]
+) -> None:
+    if torch.cuda.device_count() < tensor_parallel_size:
+        pytest.skip(f"needs {tensor_parallel_size} GPUs")
+    pruning = {"enable_snapkv": True, "snapkv_limit": 128, "snapkv_attn_sample_queries": 32}
+    outputs = generate(
+        model_folder, prompts, dtype="float32", tensor_parallel_size=tensor_parallel_size, **pruning, **limits
+    )
+    reference = PrunedReference(model_folder, window=32, device="cuda")
+    for prompt, output in zip(prompts, outputs, strict=True):
+        assert output == reference.generate(prompt, 128, OUTPUT_LEN)
 
 
 @pytest.fixture(params=["flash_attn_4", "triton"])
