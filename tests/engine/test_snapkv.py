@@ -17,7 +17,7 @@ PRUNING: dict[str, Any] = {"enable_snapkv": True, "snapkv_limit": 24, "snapkv_at
 WHOLE = PRUNING | {"max_model_len": 192, "block_size": 8, "max_num_seqs": 16, "max_num_batched_tokens": 1024}
 CHUNKED = WHOLE | {"max_num_batched_tokens": 24}
 # room for a prompt, what it keeps and says, and little more
-TIGHT = CHUNKED | {"block_size": 4, "num_gpu_blocks_override": 52, "max_num_seqs": 6}
+TIGHT = CHUNKED | {"block_size": 4, "num_gpu_blocks_override": 40, "max_model_len": 160, "max_num_seqs": 6}
 LENGTH = 24
 
 
