@@ -63,7 +63,7 @@ class LongStream:
         self.error: Exception | None = None
         self.has_begun = threading.Event()
         self.service = service
-        self.body = TINY | {"max_tokens": 800}
+        self.body = TINY | {"max_tokens": 500}
         self.thread = threading.Thread(target=self._read)
         self.thread.start()
         assert self.has_begun.wait(30)

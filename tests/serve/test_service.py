@@ -198,7 +198,7 @@ def test_rayllm_serve_until_sigterm(command, tiny_text_model: Path, smollm2: Pat
         process.communicate()[1]
     )
     http = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)
-    with http.stream("POST", "/v1/completions", json=TINY | {"max_tokens": 700, "stream": True}) as response:
+    with http.stream("POST", "/v1/completions", json=TINY | {"max_tokens": 500, "stream": True}) as response:
         lines = response.iter_lines()
         next(lines)
         process.send_signal(signal.SIGTERM)
@@ -216,7 +216,7 @@ def test_rayllm_serve_refuses_in_one_line(command, tiny: Service, tiny_text_mode
     common = [str(tiny_text_model), "--tokenizer", str(smollm2), "--device", "cpu"]
     address = ray.get_runtime_context().gcs_address
     elsewhere = ["--port", str(free_port()), "--address", address]
-    too_small = ["--num-gpu-blocks-override", "3", "--port", str(free_port())]
+    too_small = ["--num-gpu-blocks-override", "3", "--port", taken, "--address", address]
     for arguments, message in (
         (["--port", taken], f"cannot listen at 127.0.0.1:{taken}"),
         (elsewhere, f"Serve runs on this cluster already, at 127.0.0.1:{taken}"),
@@ -224,9 +224,8 @@ def test_rayllm_serve_refuses_in_one_line(command, tiny: Service, tiny_text_mode
     ):
         start = time.monotonic()
         process = command(*common, *arguments)
-        out, err = process.communicate(timeout=90)
+        _, err = process.communicate(timeout=90)
         assert process.returncode == 2, err
-        assert out == ""
         assert err.splitlines()[-1].startswith(f"Error: {message}"), err
         assert time.monotonic() - start < 90
 
