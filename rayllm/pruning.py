@@ -1,7 +1,7 @@
 """Which tokens of a prompt keep their KV: the policies. Schedulers ask how many are kept, shards which.
 
-A policy is three things: `window`, the number of last prompt tokens whose queries it must see; `num_kept`; and
-`score`. To add one, write a class like these and name it in `POLICIES`.
+A policy says how many last prompt tokens it must see (`window`), how wide scores are pooled, how many tokens are kept
+and what each is worth. To add one, write a class like these, and name it in `make_policy` and `config.snapkv_policy`.
 """
 
 from __future__ import annotations
