@@ -17,7 +17,15 @@ from statistics import median
 
 import torch
 import torch.nn.functional as F
-from rayllm_kernels import decode_attention, prefill_backend, sample_gumbel
+from rayllm_kernels import (
+    compact_kv,
+    decode_attention,
+    prefill_attention,
+    prefill_backend,
+    sample_gumbel,
+    select_kept,
+    window_scores,
+)
 from rayllm_kernels.prefill_attention import _prefill_attention_flash, _prefill_attention_triton
 
 HEADS, KV_HEADS, HEAD_DIM = 16, 8, 128
@@ -119,6 +127,42 @@ def bench_sampling(rows: int, temperature: float) -> None:
     report("sample_gumbel", f"{rows}x{VOCAB_SIZE}, temperature {temperature}", time)
 
 
+def bench_pruning(prompts: int, kv_len: int, heads: int, weights: float) -> None:
+    """One layer of pruning to 2,048 tokens, and its share of the time that the layer takes to prefill the prompts.
+
+    `weights`: of the layer, whose products are taken to run at 700 TFLOP/s; attention is measured.
+    """
+    window, kept, block_size = 32, 2048, 128
+    k_cache, v_cache, tables = paged_cache([kv_len] * prompts, block_size)
+    new_tables = torch.randperm(len(k_cache), device="cuda", dtype=torch.int32)[: prompts * kept // block_size]
+    new_tables = new_tables.view(prompts, -1)
+    q = torch.randn(prompts, window, heads, HEAD_DIM, dtype=DTYPE, device="cuda")
+    lens = torch.full((prompts,), kv_len, device="cuda")
+    counts = torch.full((prompts,), kept, device="cuda")
+    scores = window_scores(q, k_cache, tables, lens.int(), SCALE, kv_len)
+    select = lambda: select_kept(scores, lens, counts, kept, sinks=4, window=window, pool_width=15)  # noqa: E731
+    chosen = select()
+    parts = {
+        "score": microseconds(lambda: window_scores(q, k_cache, tables, lens.int(), SCALE, kv_len)),
+        "select": microseconds(select),
+        "compact": microseconds(lambda: compact_kv(k_cache, v_cache, tables, chosen, counts, new_tables)),
+    }
+    tokens = 8192
+    queries = torch.randn(tokens, heads, HEAD_DIM, dtype=DTYPE, device="cuda")
+    starts = torch.tensor([0, tokens], dtype=torch.int32, device="cuda")
+
+    def prefill_chunk(end: int) -> float:
+        length = torch.tensor([end], dtype=torch.int32, device="cuda")
+        chunk = (queries, k_cache, v_cache, tables[:1], starts, length, tokens, end, SCALE)
+        return microseconds(lambda: prefill_attention(*chunk), repeats=3)
+
+    attention = sum(prefill_chunk(end) for end in range(tokens, kv_len + 1, tokens))
+    prefill = prompts * (attention + 2 * weights * kv_len / 700e6)
+    total = sum(parts.values())
+    case = f"{prompts}x{kv_len}, {heads} heads"
+    report("pruning", case, total, **{k: round(v, 1) for k, v in parts.items()}, share=round(total / prefill, 4))
+
+
 def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks/ops.py measures GPU kernels; this machine has no GPU that torch can use")
@@ -137,6 +181,8 @@ def main() -> None:
     bench_decode("1x384", [384])
     bench_prefill(32, 2048, context=0)
     bench_prefill(8, 2048, context=8192)
+    bench_pruning(16, 32_000, HEADS, weights=15.7e6)  # Qwen3-0.6B
+    bench_pruning(1, 131_072, 32, weights=193e6)  # Qwen3-8B
     for rows in (1, 256):
         for temperature in (0.0, 0.6):
             bench_sampling(rows, temperature)

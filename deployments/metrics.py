@@ -158,16 +158,17 @@ ENGINE_METRICS = {
     "preemptions": "Preemptions since the engine started",
     "pruned_tokens": "Prompt tokens whose KV was given up since the engine started",
     "pruned_blocks": "KV cache blocks that pruned prompts gave back since the engine started",
+    "prune_seconds": "Time that pruning has taken on a shard's device since the engine started",
     "steps": "Steps since the engine started",
 }
-ENGINE_COUNTERS = {"preemptions", "pruned_tokens", "pruned_blocks", "steps"}
+ENGINE_COUNTERS = {"preemptions", "pruned_tokens", "pruned_blocks", "prune_seconds", "steps"}
 
 
 def engine_values(stats: EngineStats, num_blocks: int) -> dict[str, float]:
     """In the order of `ENGINE_METRICS`."""
     used = num_blocks - stats.num_free_blocks
-    totals = (stats.num_preemptions, stats.num_pruned_tokens, stats.num_pruned_blocks, stats.num_steps)
-    values = (stats.num_running, stats.num_waiting, used, num_blocks, *totals)
+    pruning = (stats.num_pruned_tokens, stats.num_pruned_blocks, stats.prune_s)
+    values = (stats.num_running, stats.num_waiting, used, num_blocks, stats.num_preemptions, *pruning, stats.num_steps)
     return dict(zip(ENGINE_METRICS, map(float, values), strict=True))
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,6 +67,33 @@ class HostCopies:
         if self._event is not None:
             self._event.synchronize()
         return [t.tolist() for t in self._tensors]
+
+
+class Stopwatch:
+    """Adds up the time that a device spends on what is launched between `start` and `stop`."""
+
+    def __init__(self, device: Device):
+        self._device = device
+        self._laps: list[list[Any]] = []
+
+    def start(self) -> None:
+        self._laps.append([self._now()])
+
+    def stop(self) -> None:
+        self._laps[-1].append(self._now())
+
+    def seconds(self) -> float:
+        """Once the device has finished all laps."""
+        if self._device.is_cuda:
+            return sum(start.elapsed_time(end) for start, end in self._laps) / 1000
+        return sum(end - start for start, end in self._laps)
+
+    def _now(self) -> Any:
+        if not self._device.is_cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
 
 def open_device(kind: str, gpu_ids: list[str], num_processes: int) -> Device:

@@ -75,6 +75,8 @@ class EngineStats:
     num_pruned_tokens: int
     num_pruned_blocks: int
     """Given back by prompts that were pruned."""
+    prune_s: float
+    """What a shard's device has spent on pruning."""
     stalled_s: float
     """How long the oldest step in flight has been waited for."""
 
@@ -90,6 +92,7 @@ class Driver:
         self._shard_runs: list[ray.ObjectRef] = []
         self._clients: dict[int, Sender] = {}
         self._num_steps = 0
+        self._prune_s = 0.0
         self._last_progress = time.monotonic()
 
     def start(self, placement_group: PlacementGroup, owner: Address) -> EngineInfo:
@@ -166,6 +169,7 @@ class Driver:
             num_preemptions=scheduler.num_preemptions,
             num_pruned_tokens=scheduler.num_pruned_tokens,
             num_pruned_blocks=scheduler.num_pruned_blocks,
+            prune_s=self._prune_s,
             stalled_s=time.monotonic() - self._last_progress if scheduler.in_flight else 0.0,
         )
 
@@ -213,6 +217,7 @@ class Driver:
             case StepOutput():
                 if message.incarnation == self.incarnation:
                     self._last_progress = time.monotonic()
+                    self._prune_s += message.prune_s
                     self._publish(self.scheduler.update(message))
             case AddSequence():
                 self.scheduler.add(self._sequence(message.client, message.new))

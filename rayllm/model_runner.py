@@ -12,7 +12,7 @@ from rayllm_kernels import compact_kv, decode_attention, prefill_attention, pref
 from rayllm import kv_cache
 from rayllm.config import EngineConfig
 from rayllm.cuda_graphs import ModelOutput, StepGraphs, graph_shapes
-from rayllm.device import DTYPES, Device, HostCopies
+from rayllm.device import DTYPES, Device, HostCopies, Stopwatch
 from rayllm.lanes import Lanes
 from rayllm.model_input import ModelInput, Rows, Shape, pack, take_rows, unpack
 from rayllm.model_source import ModelSource
@@ -77,12 +77,12 @@ class ModelRunner:
         """Computes `step`. On a GPU this returns when all is queued; `PendingOutput.wait` waits for the tokens."""
         self.lanes.apply(step)
         rows = take_rows(step, self.lanes)
-        own = Shape.of(rows)
+        own, pruning = Shape.of(rows), None
         if not step.prunes and (shape := self.graphs.find(own)):
             output = self.graphs(rows, shape)
         else:
             inputs = unpack(self.device.put(pack(rows, own, self.lanes.padding)), own, self.lanes)
-            output = self._forward(inputs, self._pruning_of(step, rows))
+            output = self._forward(inputs, pruning := self._pruning_of(step, rows))
         if step.prunes:
             self.lanes.prune(step.prunes)
         token_ids, logprobs = output.token_ids[: own.num_samples], None
@@ -91,7 +91,8 @@ class ModelRunner:
             places = self.device.put(np.stack((lanes, self.lanes.num_tokens[lanes] - 1)))
             token_ids, logprobs = self.sampler.draw_processed(output.logits[: own.num_samples], lanes, *places)
         prompts = self._prompt_logprobs(rows, output.hidden)
-        return PendingOutput(step, token_ids, logprobs, self.lanes.logprobs[lanes], prompts)
+        stopwatch = pruning.stopwatch if pruning else None
+        return PendingOutput(step, token_ids, logprobs, self.lanes.logprobs[lanes], prompts, stopwatch)
 
     def _pruning_of(self, step: StepInput, rows: Rows) -> Pruning | None:
         """What the step prunes, on the device."""
@@ -103,15 +104,17 @@ class ModelRunner:
         tables = np.zeros((len(chosen), max(len(prune.block_table) for prune in step.prunes)), np.int32)
         for table, prune in zip(tables, step.prunes, strict=True):
             table[: len(prune.block_table)] = prune.block_table
-        kv_lens = rows.kv_lens[chosen]
+        kv_lens, counts = rows.kv_lens[chosen], [prune.num_kept for prune in step.prunes]
         return Pruning(
             policy=self.policy,
             query_rows=put(rows.ends[chosen][:, None] + np.arange(-self.policy.window, 0)),
             block_tables=self.lanes.block_tables[put(rows.lanes[chosen])],
             kv_lens=put(kv_lens),
             max_kv_len=int(kv_lens.max()),
-            num_kept=put(np.array([prune.num_kept for prune in step.prunes])),
+            num_kept=put(np.array(counts)),
+            most=max(counts),
             new_tables=put(tables),
+            stopwatch=Stopwatch(self.device),
         )
 
     def _forward(self, inputs: ModelInput, pruning: Pruning | None = None) -> ModelOutput:
@@ -200,15 +203,21 @@ class Pruning:
     max_kv_len: int
     num_kept: torch.Tensor
     """[P] int64."""
+    most: int
+    """The largest of `num_kept`."""
     new_tables: torch.Tensor
     """[P, M2] int32, of what is kept."""
+    stopwatch: Stopwatch
 
     def prune(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float) -> None:
         """Copies what one layer keeps into its new blocks. q: [T, Hq, D]; keys, values: the layer's KV cache."""
         policy, kv_lens = self.policy, self.kv_lens
+        self.stopwatch.start()
         scores = policy.score(q[self.query_rows], keys, self.block_tables, kv_lens.int(), scale, self.max_kv_len)
-        kept = select_kept(scores, kv_lens, self.num_kept, SINKS, policy.window, policy.pool_width)
+        always = {"sinks": SINKS, "window": policy.window, "pool_width": policy.pool_width}
+        kept = select_kept(scores, kv_lens, self.num_kept, self.most, **always)
         compact_kv(keys, values, self.block_tables, kept, self.num_kept, self.new_tables)
+        self.stopwatch.stop()
 
 
 class PendingOutput:
@@ -221,9 +230,11 @@ class PendingOutput:
         logprobs: LogprobTensors | None,
         wanted: np.ndarray,
         prompts: list[tuple[int, int, LogprobTensors]],
+        prune_time: Stopwatch | None,
     ):
         """`wanted` [S]: how many logprobs each sampled token's lane asked for, -1 for none."""
         self._step = step
+        self._prune_time = prune_time
         self._wanted = wanted.tolist()
         self._prompts = [(chunk, start) for chunk, start, _ in prompts]
         tables = ([logprobs] if logprobs else []) + [part for _, _, part in prompts]
@@ -240,7 +251,8 @@ class PendingOutput:
             own = tables.pop(0)
             logprobs = {i: _cut(own[i], wanted) for i, wanted in enumerate(self._wanted) if wanted >= 0}
         prompts = [PromptLogprobs(*place, table) for place, table in zip(self._prompts, tables, strict=True)]
-        return StepOutput(self._step.incarnation, self._step.step, token_ids, logprobs, prompts)
+        prune_s = self._prune_time.seconds() if self._prune_time else 0.0
+        return StepOutput(self._step.incarnation, self._step.step, token_ids, logprobs, prompts, prune_s)
 
 
 def _rows(token_ids: list, logprobs: list, ranks: list) -> list[Logprobs]:

@@ -104,6 +104,8 @@ class StepOutput(Message, frozen=True, array_like=True):
     logprobs: dict[int, Logprobs] = {}
     """By index into `token_ids`, for sequences that asked."""
     prompt_logprobs: list[PromptLogprobs] = []
+    prune_s: float = 0.0
+    """Seconds that rank 0's device spent on pruning."""
 
 
 class ShardFailed(Message, frozen=True, array_like=True):

@@ -216,9 +216,16 @@ def window_scores(
 
 
 def select_kept(
-    scores: torch.Tensor, kv_lens: torch.Tensor, num_kept: torch.Tensor, sinks: int, window: int, pool_width: int
+    scores: torch.Tensor,
+    kv_lens: torch.Tensor,
+    num_kept: torch.Tensor,
+    most: int,
+    *,
+    sinks: int,
+    window: int,
+    pool_width: int,
 ) -> torch.Tensor:
-    """The keys that each KV head keeps: [P, Hkv, K] int64, ascending; K is the largest of `num_kept`.
+    """The keys that each KV head keeps: [P, Hkv, most] int64, ascending; `most` is the largest of `num_kept`.
 
     scores: [P, Hkv, L] float32, at least 0, max-pooled here over `pool_width` neighbours (odd; 1 pools nothing).
     kv_lens, num_kept: [P] int64. The first `sinks` and the last `window` keys are always kept; ties go to the lower
@@ -229,7 +236,6 @@ def select_kept(
     position = torch.arange(longest, device=scores.device)
     ends = kv_lens[:, None, None]
     pooled.masked_fill_((position < sinks) | (position >= ends - window), torch.inf).masked_fill_(position >= ends, -1)
-    most = int(num_kept.max())
     best = pooled.sort(dim=-1, descending=True, stable=True).indices[..., :most]
     rank = torch.arange(most, device=scores.device)
     return best.masked_fill_(rank >= num_kept[:, None, None], longest).sort(dim=-1).values

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -85,7 +86,7 @@ def float32_reference(model_folder: str, prompts: list[list[int]]) -> list[list[
 
 def generate(folder: str, prompts: list[list[int]], **arguments: object) -> list[list[int]]:
     params = SamplingParams(temperature=0, max_tokens=OUTPUT_LEN, ignore_eos=True)
-    with LLM(folder, skip_tokenizer_init=True, gpu_memory_utilization=0.5, progress=False, **arguments) as llm:
+    with LLM(folder, skip_tokenizer_init=True, kv_cache_memory_bytes=2 << 30, progress=False, **arguments) as llm:
         results = llm.generate(prompts, params, use_tqdm=False)
         if arguments["dtype"] == "float32":  # cached and in another batch
             again = llm.generate(prompts[:4], params, use_tqdm=False)
@@ -115,6 +116,24 @@ def test_float32_equals_transformers(
         **limits,
     )
     assert outputs == float32_reference
+
+
+def test_two_engines_on_one_host(
+    model_folder: str, prompts: list[list[int]], float32_reference: list[list[int]]
+) -> None:
+    """Both at work at once, in one Ray, each on a GPU of its own."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs 2 GPUs")
+    params = SamplingParams(temperature=0, max_tokens=OUTPUT_LEN, ignore_eos=True)
+    arguments = {"dtype": "float32", "kv_cache_memory_bytes": 2 << 30, "skip_tokenizer_init": True, "progress": False}
+    with (
+        LLM(model_folder, **arguments) as first,
+        LLM(model_folder, **arguments) as second,
+        ThreadPoolExecutor() as pool,
+    ):
+        answers = pool.map(lambda llm: llm.generate(prompts, params, use_tqdm=False), (first, second))
+        outputs = [[result["token_ids"] for result in results] for results in answers]
+    assert outputs == [float32_reference] * 2
 
 
 @pytest.mark.parametrize("tensor_parallel_size", [1, 2])

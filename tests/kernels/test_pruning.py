@@ -96,7 +96,7 @@ def test_selection(pool_width: int) -> None:
     for row, kv_len in enumerate(kv_lens):
         scores[row, :, kv_len:] = 0
     lens, counts = torch.tensor(kv_lens), torch.tensor(num_kept)
-    kept = select_kept(scores, lens, counts, SINKS, window, pool_width)
+    kept = select_kept(scores, lens, counts, 40, sinks=SINKS, window=window, pool_width=pool_width)
     assert kept.shape == (3, 2, 40)
     for row, (kv_len, count) in enumerate(zip(kv_lens, num_kept, strict=True)):
         assert kept[row, :, :count].tolist() == naive_kept(scores[row, :, :kv_len], count, window, pool_width)
