@@ -41,6 +41,10 @@ class Device:
         """Free and total bytes of the GPU, whoever uses them."""
         return torch.cuda.mem_get_info(self.torch_device)
 
+    def all_reach(self, indices: list[int]) -> bool:
+        """Whether each of these GPUs of this node can read the others' memory."""
+        return all(torch.cuda.can_device_access_peer(i, j) for i in indices for j in indices if i != j)
+
     def peak_memory(self) -> int:
         """Most bytes that tensors of this process occupied at once; of the whole process on a CPU."""
         if self.is_cuda:

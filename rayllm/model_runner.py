@@ -7,7 +7,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from rayllm_kernels import compact_kv, decode_attention, prefill_attention, prefill_backend, select_kept, store_kv
+from rayllm_kernels import (
+    Rope,
+    compact_kv,
+    decode_attention,
+    prefill_attention,
+    prefill_backend,
+    rope_and_store,
+    select_kept,
+)
 
 from rayllm import kv_cache
 from rayllm.config import EngineConfig
@@ -122,9 +130,10 @@ class ModelRunner:
         shape, n = inputs.shape, inputs.shape.num_decodes
         tables, kv_lens = inputs.block_tables, inputs.kv_lens
 
-        def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rope: Rope) -> torch.Tensor:
             keys, values = self.cache[layer]
-            store_kv(k, v, keys, values, inputs.slot_mapping)  # before attending: a block can be hit in this very step
+            # stored before attending: a block can be hit in this very step
+            q = rope_and_store(q, k, v, rope, keys, values, inputs.slot_mapping)
             if shape.num_chunks:
                 chunks = (tables[n:], inputs.cu_seqlens_q, kv_lens[n:], shape.max_seqlen_q, shape.max_kv_len)
                 out = prefill_attention(q, keys, values, *chunks, self.scale)

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
 from rayllm.device import Device
+
+logger = logging.getLogger("rayllm")
+
+SHARED_FROM = 512 << 10
+"""Bytes from which a sum in memory that the ranks share is faster than NCCL's (2 GPUs over NVLink, in CUDA graphs:
+8.9 µs against 10.4 at 512 KiB, 14 against 28 at 2 MiB, 109 against 138 at 32 MiB)."""
 
 
 @dataclass(frozen=True)
@@ -16,10 +23,21 @@ class TensorParallel:
 
     rank: int = 0
     size: int = 1
+    shared: torch.Tensor | None = None
+    """Memory that the other ranks' devices can read and write, if there is such; flat, of the model's dtype."""
+
+    def summand(self, x: torch.Tensor, width: int) -> torch.Tensor | None:
+        """Where [len(x), width] of x's dtype, which `all_reduce` is then to sum, are best written; None: anywhere."""
+        count = len(x) * width
+        if self.shared is None or not SHARED_FROM <= count * x.dtype.itemsize <= self.shared.nbytes:
+            return None
+        return self.shared[:count].view(len(x), width)
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        """Sums `x` (any shape) over the ranks, in place."""
-        if self.size > 1:
+        """Sums `x` (any shape) over the ranks, in place. A `summand` is valid until the next one is asked for."""
+        if self.shared is not None and x.data_ptr() == self.shared.data_ptr():
+            torch.ops.symm_mem.two_shot_all_reduce_(x, "sum", _group_name())
+        elif self.size > 1:
             dist.all_reduce(x)
         return x
 
@@ -43,11 +61,44 @@ def open_store(host: str, size: int) -> dist.TCPStore:
     return dist.TCPStore(host, 0, size, is_master=True, wait_for_workers=False)
 
 
-def join(rank: int, size: int, store: tuple[str, int] | None, device: Device) -> TensorParallel:
-    """Joins the process group at `store` (host and port); a group of one needs none."""
-    if store is not None:
-        # rank 0 is a client of its own store
-        client = dist.TCPStore(*store, size, is_master=False)
-        device_id = device.torch_device if device.is_cuda else None
-        dist.init_process_group(device.backend, store=client, rank=rank, world_size=size, device_id=device_id)
-    return TensorParallel(rank, size)
+def join(
+    rank: int,
+    size: int,
+    store: tuple[str, int] | None,
+    device: Device,
+    node_id: str = "",
+    shared: tuple[int, torch.dtype] = (0, torch.float32),
+) -> TensorParallel:
+    """Joins the process group at `store` (host and port); a group of one needs none.
+
+    `shared`: how many numbers of which dtype are summed at once, at most; on GPUs of one node (`node_id`) which reach
+    each other, they are summed in memory that all share.
+    """
+    if store is None:
+        return TensorParallel(rank, size)
+    # rank 0 is a client of its own store
+    client = dist.TCPStore(*store, size, is_master=False)
+    device_id = device.torch_device if device.is_cuda else None
+    dist.init_process_group(device.backend, store=client, rank=rank, world_size=size, device_id=device_id)
+    if not device.is_cuda or shared[1] == torch.float16:  # which torch does not sum there
+        return TensorParallel(rank, size)
+    client.set(f"place {rank}", f"{node_id} {device.torch_device.index}")
+    places = [client.get(f"place {other}").decode().split() for other in range(size)]
+    indices = [int(index) for _, index in places]
+    if {node for node, _ in places} != {node_id} or not device.all_reach(indices):
+        logger.info("the GPUs do not reach each other's memory: NCCL sums everything")
+        return TensorParallel(rank, size)
+    return TensorParallel(rank, size, _share(shared, device))
+
+
+def _share(size: tuple[int, torch.dtype], device: Device) -> torch.Tensor:
+    from torch.distributed import _symmetric_memory
+
+    memory = _symmetric_memory.empty(size[0], dtype=size[1], device=device.torch_device)
+    _symmetric_memory.rendezvous(memory, _group_name())
+    return memory
+
+
+def _group_name() -> str:
+    assert dist.group.WORLD is not None
+    return dist.group.WORLD.group_name

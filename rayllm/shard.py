@@ -63,14 +63,18 @@ class Shard:
         """Joins the other ranks, loads the weights; returns how many KV cache blocks there is room for."""
         self._tracker.stage("importing torch")
         from rayllm import parallel
-        from rayllm.device import open_device
+        from rayllm.device import DTYPES, open_device
         from rayllm.model_runner import ModelRunner
 
         config = self.config
         gpu_ids = [str(gpu) for gpu in ray.get_gpu_ids()]
         self.device = open_device(config.device, gpu_ids, config.tensor_parallel_size)
         self._tracker.stage("joining ranks")
-        tp = parallel.join(self.rank, config.tensor_parallel_size, store, self.device)
+        assert config.max_num_batched_tokens is not None
+        numbers = config.max_num_batched_tokens * self.source.config.hidden_size
+        node_id = ray.get_runtime_context().get_node_id()
+        shared = numbers, DTYPES[config.dtype]
+        tp = parallel.join(self.rank, config.tensor_parallel_size, store, self.device, node_id, shared)
         self.runner = ModelRunner(config, self.source, tp, self.device)
         self.bytes_read = self.runner.load(self._tracker.track)
         self._tracker.stage("measuring memory")

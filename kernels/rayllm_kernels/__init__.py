@@ -7,12 +7,11 @@ from rayllm_kernels.linear import linear, pack_weight
 from rayllm_kernels.norm import rms_norm
 from rayllm_kernels.prefill_attention import prefill_attention, prefill_backend
 from rayllm_kernels.pruning import compact_kv, select_kept, window_scores
-from rayllm_kernels.rope import apply_rope
+from rayllm_kernels.rope import Rope, rope_and_store
 from rayllm_kernels.sampling import gumbel_noise, sample_gumbel
-from rayllm_kernels.store_kv import store_kv
 
 __all__ = [
-    "apply_rope",
+    "Rope",
     "compact_kv",
     "decode_attention",
     "gumbel_noise",
@@ -21,9 +20,9 @@ __all__ = [
     "prefill_attention",
     "prefill_backend",
     "rms_norm",
+    "rope_and_store",
     "sample_gumbel",
     "select_kept",
     "silu_and_mul",
-    "store_kv",
     "window_scores",
 ]

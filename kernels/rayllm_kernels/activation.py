@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from rayllm_kernels._triton import jit, tl, triton
+from rayllm_kernels._triton import dependent_launch, gdc_launch_dependents, gdc_wait, jit, tl, triton
 
 
 def silu_and_mul_reference(x: torch.Tensor) -> torch.Tensor:
@@ -16,7 +16,10 @@ def silu_and_mul_reference(x: torch.Tensor) -> torch.Tensor:
 
 
 @jit
-def _silu_and_mul_kernel(x, out, x_stride, width, BLOCK: tl.constexpr):
+def _silu_and_mul_kernel(x, out, x_stride, width, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr):
+    if DEPENDENT:
+        gdc_wait()
+        gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < width
@@ -31,7 +34,7 @@ def _silu_and_mul_triton(x: torch.Tensor) -> torch.Tensor:
     out = torch.empty(rows, width, dtype=x.dtype, device=x.device)
     if rows > 0:
         grid = (rows, triton.cdiv(width, 1024))
-        _silu_and_mul_kernel[grid](x, out, x.stride(0), width, BLOCK=1024)
+        _silu_and_mul_kernel[grid](x, out, x.stride(0), width, BLOCK=1024, **dependent_launch(x.device))
     return out
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from rayllm_kernels._triton import jit, tl, triton
+from rayllm_kernels._triton import dependent_launch, gdc_launch_dependents, gdc_wait, jit, tl, triton
 
 _LOG2_E = 1.4426950408889634  # the kernels use powers of two, which the GPU computes directly
 _MAX_SPLITS = 128
@@ -75,8 +75,12 @@ def _decode_kernel(
     GROUP_PADDED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """One split of one sequence's keys for the query heads of one KV head."""
+    if DEPENDENT:
+        gdc_wait()
+        gdc_launch_dependents()
     kv_head, seq, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     kv_len = tl.load(kv_lens + seq)
     split_size = _split_size(kv_len, splits, min_split, TILE)
@@ -136,8 +140,12 @@ def _combine_kernel(
     HEAD_DIM_PADDED: tl.constexpr,
     SPLITS_PADDED: tl.constexpr,
     TILE: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """The splits' outputs of one query head, weighted by their log-sum-exps."""
+    if DEPENDENT:
+        gdc_wait()
+        gdc_launch_dependents()
     head, seq = tl.program_id(0), tl.program_id(1)
     kv_len = tl.load(kv_lens + seq)
     split_size = _split_size(kv_len, splits, min_split, TILE)
@@ -201,6 +209,7 @@ def _decode_attention_triton(
         "HEAD_DIM": head_dim,
         "HEAD_DIM_PADDED": triton.next_power_of_2(head_dim),
         "TILE": plan.tile,
+        **dependent_launch(q.device),
     }
     _decode_kernel[(kv_heads, batch, plan.splits)](
         q,

@@ -7,7 +7,7 @@ from typing import overload
 
 import torch
 
-from rayllm_kernels._triton import jit, tl, triton
+from rayllm_kernels._triton import dependent_launch, gdc_launch_dependents, gdc_wait, jit, tl, triton
 
 
 def rms_norm_reference(
@@ -40,7 +40,11 @@ def _rms_norm_kernel(
     WIDTH_PADDED: tl.constexpr,
     ROWS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    if DEPENDENT:
+        gdc_wait()
+        gdc_launch_dependents()
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     column = tl.arange(0, WIDTH_PADDED)[None, :]
     mask = (row < rows) & (column < WIDTH)
@@ -93,6 +97,7 @@ def _rms_norm_triton(
             ROWS=rows_per_program,
             HAS_RESIDUAL=residual is not None,
             num_warps=min(max(width_padded // 512, 4), 16),
+            **dependent_launch(x.device),
         )
     return out if residual is None else (out, residual_out)
 

@@ -3,6 +3,7 @@
 # mypy: allow-untyped-defs
 from __future__ import annotations
 
+import os
 from functools import cache
 
 import torch
@@ -202,6 +203,10 @@ def _prefill_attention_triton(
     return out
 
 
+_FLASH_MIN_SEQLEN = 1024
+"""FlashAttention-4 compiles, for seconds, another kernel where chunks are known to be short, which gains nothing."""
+
+
 @cache
 def _flash_attn_4_refusal(dtype: torch.dtype, head_dim: int) -> str | None:
     """Why FlashAttention-4 cannot be used, or None."""
@@ -213,6 +218,7 @@ def _flash_attn_4_refusal(dtype: torch.dtype, head_dim: int) -> str | None:
         return f"FlashAttention-4 reads no block tables on {where}"
     if head_dim % 8 or head_dim > (256 if capability[0] == 9 else 128):
         return f"FlashAttention-4 has no head dimension {head_dim} on {where}"
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")  # what it compiles is kept on disk
     try:
         import flash_attn.cute  # noqa: F401
     except ImportError as error:
@@ -240,7 +246,7 @@ def _prefill_attention_flash(
         cu_seqlens_q=cu_seqlens_q,
         seqused_k=kv_lens,
         page_table=block_tables,
-        max_seqlen_q=max_seqlen_q,
+        max_seqlen_q=max(max_seqlen_q, _FLASH_MIN_SEQLEN),
         max_seqlen_k=max_kv_len,
         softmax_scale=scale,
         causal=True,

@@ -101,6 +101,7 @@ def _score_kernel(
         bits = _lowbias32(_lowbias32(bits) + _triton_row_key(row_seed, row_index, 0x85EBCA6B))
         uniform = ((bits >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07  # 2⁻²³
         score = score / row_temperature - tl.log(-tl.log(uniform))
+    score = tl.where(score == score, score, float("-inf"))  # NaN has no maximum: an id would be out of range
     value, offset = tl.max(score, axis=0, return_indices=True, return_indices_tie_break_left=True)
     out = row * tl.num_programs(1) + chunk
     tl.store(chunk_values + out, value)

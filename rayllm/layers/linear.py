@@ -66,7 +66,8 @@ class RowParallelLinear(nn.Module):
         self.bias = empty_parameter(out_features, dtype=dtype) if bias and tp.rank == 0 else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.tp.all_reduce(linear(x, self.weight, self.bias))
+        out = self.tp.summand(x, self.weight.shape[0])
+        return self.tp.all_reduce(linear(x, self.weight, self.bias, out))
 
     def pack(self) -> None:
         """Makes the loaded weight ready for speed; it cannot be loaded again."""

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Protocol
 
 import torch
-from rayllm_kernels import apply_rope, silu_and_mul
+from rayllm_kernels import Rope, silu_and_mul
 from torch import nn
 
 from rayllm.layers import (
@@ -26,8 +26,8 @@ from rayllm.parallel import TensorParallel
 
 
 class Attend(Protocol):
-    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, /) -> torch.Tensor:
-        """q [T, Hq, D], k and v [T, Hkv, D] of this rank's heads, after RoPE → [T, Hq, D]."""
+    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rope: Rope, /) -> torch.Tensor:
+        """q [T, Hq, D], k and v [T, Hkv, D] of this rank's heads, q and k still to be rotated → [T, Hq, D]."""
 
 
 class Attention(nn.Module):
@@ -56,8 +56,7 @@ class Attention(nn.Module):
         norms = None
         if self.q_norm is not None and self.k_norm is not None:
             norms = self.q_norm.weight, self.k_norm.weight, self.q_norm.eps
-        q, k = apply_rope(q, k, positions, rope, norms)
-        return self.o_proj(attend(self.layer, q, k, v).flatten(1))
+        return self.o_proj(attend(self.layer, q, k, v, Rope(positions, rope, norms)).flatten(1))
 
     def weight_slices(self, prefix: str) -> Iterator[WeightSlice]:
         yield from self.qkv_proj.weight_slices(prefix)

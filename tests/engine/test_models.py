@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 import transformers
+from rayllm_kernels.rope import apply_rope_reference
 
 from rayllm.errors import UsageError
 from rayllm.layers import rope_table
@@ -50,9 +51,9 @@ CONFIGS = {
 }
 
 
-def attend(layer, q, k, v):
+def attend(layer, q, k, v, rope):
     """Plain causal attention of one sequence."""
-    q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+    q, k, v = (x.transpose(0, 1) for x in (*apply_rope_reference(q, k, rope), v))
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(0, 1)
 
 

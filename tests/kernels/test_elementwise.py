@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from kernel_testing import assert_close, poisoned
-from rayllm_kernels import apply_rope, linear, pack_weight, rms_norm, silu_and_mul, store_kv
+from rayllm_kernels import Rope, linear, pack_weight, rms_norm, rope_and_store, silu_and_mul
 from rayllm_kernels.activation import _silu_and_mul_triton
+from rayllm_kernels.linear import _token_linear_triton, linear_reference
 from rayllm_kernels.norm import _rms_norm_triton
-from rayllm_kernels.rope import _apply_rope_triton
-from rayllm_kernels.store_kv import _store_kv_triton
+from rayllm_kernels.rope import _rope_and_store_triton, apply_rope_reference
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 ALL_DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -66,7 +66,7 @@ def test_rope_is_hugging_faces(dtype: torch.dtype) -> None:
     positions, cache = torch.randint(0, 500, (11,)), rope_cache(500, 32)
     cos, sin = (part.repeat(1, 2).double() for part in cache[positions].chunk(2, dim=-1))
     expected = apply_rotary_pos_emb(q.double(), k.double(), cos, sin, unsqueeze_dim=1)
-    for actual, wanted in zip(apply_rope(q, k, positions, cache), expected, strict=True):
+    for actual, wanted in zip(apply_rope_reference(q, k, Rope(positions, cache)), expected, strict=True):
         assert actual.dtype == dtype
         assert_close(actual, wanted)
 
@@ -75,27 +75,66 @@ def test_rope_normalises_heads_first() -> None:
     q, k, weights = torch.randn(11, 6, 32), torch.randn(11, 2, 32), torch.rand(2, 32)
     positions, cache = torch.randint(0, 500, (11,)), rope_cache(500, 32)
     normed = rms_norm(q, weights[0], 1e-2), rms_norm(k, weights[1], 1e-2)
-    expected = apply_rope(*normed, positions, cache)
-    for actual, wanted in zip(apply_rope(q, k, positions, cache, (*weights, 1e-2)), expected, strict=True):
+    expected = apply_rope_reference(*normed, Rope(positions, cache))
+    rope = Rope(positions, cache, (*weights, 1e-2))
+    for actual, wanted in zip(apply_rope_reference(q, k, rope), expected, strict=True):
         assert_close(actual, wanted)
 
 
+def empty_caches(v: torch.Tensor, block_size: int) -> list[torch.Tensor]:
+    """Keys and values of 6 blocks, NaN everywhere."""
+    return [torch.full((6, block_size, *v.shape[1:]), torch.nan, dtype=v.dtype, device=v.device) for _ in "kv"]
+
+
+def test_rope_and_store_writes_its_slots_and_no_other() -> None:
+    q, kv = torch.randn(9, 2, 20), torch.randn(9, 7, 20)
+    k, v = kv[:, 1:4], kv[:, 4:]
+    rope = Rope(torch.randint(0, 50, (9,)), rope_cache(50, 20))
+    slots = torch.randperm(24)[:9]
+    slots[3] = slots[8] = -1
+    expected_q, expected_k = apply_rope_reference(q, k, rope)
+    caches = empty_caches(v, block_size=4)
+    assert torch.equal(rope_and_store(q, k, v, rope, *caches, slots), expected_q)
+    for new, cache in zip((expected_k, v), caches, strict=True):
+        for slot in range(24):
+            row = cache[slot // 4, slot % 4]
+            if slot in slots:
+                assert torch.equal(row, new[slots.tolist().index(slot)])
+            else:
+                assert row.isnan().all()
+
+
 @pytest.mark.parametrize("normed", [False, True])
-@pytest.mark.parametrize(("q_heads", "k_heads", "head_dim"), [(9, 3, 64), (4, 4, 24), (1, 1, 128)])
-def test_rope_triton_on_views(
-    device: torch.device, dtype: torch.dtype, q_heads: int, k_heads: int, head_dim: int, normed: bool
+@pytest.mark.parametrize(
+    ("q_heads", "kv_heads", "head_dim", "block_size"), [(9, 3, 64, 16), (4, 4, 24, 4), (1, 1, 128, 8)]
+)
+def test_rope_and_store_triton_on_views(
+    device: torch.device,
+    dtype: torch.dtype,
+    q_heads: int,
+    kv_heads: int,
+    head_dim: int,
+    block_size: int,
+    normed: bool,
 ) -> None:
-    qkv = torch.randn(7, q_heads + 2 * k_heads, head_dim, dtype=dtype, device=device)
-    untouched = qkv[:, q_heads + k_heads :].clone()
-    q, k, v = qkv.split((q_heads, k_heads, k_heads), dim=1)
-    positions = torch.randint(0, 300, (7,), device=device)
-    cache = rope_cache(300, head_dim).to(device)
-    q_weight, k_weight = torch.rand(2, head_dim, dtype=dtype, device=device) + 0.5
-    norms = (q_weight, k_weight, 1e-5) if normed else None
-    cpu_norms = (q_weight.cpu(), k_weight.cpu(), 1e-5) if normed else None
-    expected = apply_rope(q.cpu(), k.cpu(), positions.cpu(), cache.cpu(), cpu_norms)
-    for actual, wanted in zip(_apply_rope_triton(q, k, positions, cache, norms), expected, strict=True):
-        assert_close(actual, wanted.to(device))
+    qkv = torch.randn(11, q_heads + 2 * kv_heads, head_dim, dtype=dtype, device=device)
+    q, k, v = qkv.split((q_heads, kv_heads, kv_heads), dim=1)
+    untouched = v.clone()
+    weights = torch.rand(2, head_dim, dtype=dtype, device=device) + 0.5
+    slots = torch.randperm(6 * block_size)[:11].to(device)
+    slots[torch.randint(11, (3,))] = -1
+    rope = Rope(
+        torch.randint(0, 300, (11,), device=device),
+        rope_cache(300, head_dim).to(device),
+        (*weights, 1e-5) if normed else None,
+    )
+    cpu_rope = Rope(rope.positions.cpu(), rope.cos_sin_cache.cpu(), (*weights.cpu(), 1e-5) if normed else None)
+    expected_caches, caches = (empty_caches(x, block_size) for x in (v.cpu(), v))
+    expected = rope_and_store(q.cpu(), k.cpu(), v.cpu(), cpu_rope, *expected_caches, slots.cpu())
+    assert_close(_rope_and_store_triton(q, k, v, rope, *caches, slots), expected.to(device))
+    for cache, wanted in zip(caches, expected_caches, strict=True):
+        assert torch.equal(cache.isnan(), wanted.isnan().to(device))
+        assert_close(cache.nan_to_num(), wanted.nan_to_num().to(device))
     assert torch.equal(v, untouched)
 
 
@@ -114,39 +153,6 @@ def test_silu_and_mul_triton(device: torch.device, dtype: torch.dtype, rows: int
     assert_close(out, silu_and_mul(x.cpu()).to(device))
 
 
-def stored(op, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor, block_size: int) -> list[torch.Tensor]:
-    """The caches of 6 blocks, before NaN everywhere, after `op` has stored k and v."""
-    caches = [torch.full((6, block_size, *k.shape[1:]), torch.nan, dtype=k.dtype, device=k.device) for _ in "kv"]
-    op(k, v, *caches, slots)
-    return caches
-
-
-def test_store_kv_writes_its_slots_and_no_other() -> None:
-    kv = torch.randn(9, 7, 20)
-    k, v = kv[:, 1:4], kv[:, 4:]
-    slots = torch.randperm(24)[:9]
-    slots[3] = slots[8] = -1
-    for new, cache in zip((k, v), stored(store_kv, k, v, slots, block_size=4), strict=True):
-        for slot in range(24):
-            row = cache[slot // 4, slot % 4]
-            if slot in slots:
-                assert torch.equal(row, new[slots.tolist().index(slot)])
-            else:
-                assert row.isnan().all()
-
-
-@pytest.mark.parametrize(("heads", "head_dim", "block_size"), [(3, 64, 16), (1, 80, 4), (2, 17, 8)])
-def test_store_kv_triton(device: torch.device, dtype: torch.dtype, heads: int, head_dim: int, block_size: int) -> None:
-    kv = torch.randn(11, 1 + 2 * heads, head_dim, dtype=dtype, device=device)
-    k, v = kv[:, 1 : 1 + heads], kv[:, 1 + heads :]
-    slots = torch.randperm(6 * block_size)[:11]
-    slots[torch.randint(11, (3,))] = -1
-    actual = stored(_store_kv_triton, k, v, slots.to(device), block_size)
-    expected = stored(store_kv, k.cpu(), v.cpu(), slots, block_size)
-    for one, other in zip(actual, expected, strict=True):
-        torch.testing.assert_close(one.cpu(), other, rtol=0, atol=0, equal_nan=True)
-
-
 @pytest.mark.parametrize("rows", [0, 1, 8, 33])
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_linear_with_a_packed_weight(rows: int, has_bias: bool) -> None:
@@ -155,3 +161,18 @@ def test_linear_with_a_packed_weight(rows: int, has_bias: bool) -> None:
     expected = x.double() @ weight.double().T + (0 if bias is None else bias.double())
     assert_close(linear(x, pack_weight(weight), bias), expected)
     assert_close(linear(x, weight, bias), expected)
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("shape", [(50, 96), (7, 1024), (130, 2048), (9, 2500)])
+def test_linear_triton_of_one_token(
+    device: torch.device, dtype: torch.dtype, shape: tuple[int, int], has_bias: bool
+) -> None:
+    x, weight = (torch.randn(*size, dtype=dtype, device=device) for size in ((1, shape[1]), shape))
+    bias = torch.randn(shape[0], dtype=dtype, device=device) if has_bias else None
+    with poisoned():
+        out = _token_linear_triton(x / shape[1] ** 0.5, weight, bias)
+    expected = linear_reference(
+        (x / shape[1] ** 0.5).double(), weight.double(), None if bias is None else bias.double()
+    )
+    assert_close(out, expected)

@@ -143,3 +143,13 @@ def test_greedy_ties_triton(device: torch.device) -> None:
         values, ids = _sample_gumbel_triton(logits, torch.zeros(2, device=device), seeds, indices, 11)
     assert ids.tolist() == [5_011, 11]
     assert values.tolist() == [1.0, 0.0]
+
+
+def test_sample_gumbel_triton_of_nan_stays_in_the_vocabulary(device: torch.device) -> None:
+    logits = torch.full((3, 5000), torch.nan, device=device)
+    logits[2, 4100] = 1
+    temperature = torch.tensor([0, 1.0, 0.5], device=device)
+    seed = torch.arange(3, device=device)
+    ids = _sample_gumbel_triton(logits, temperature, seed, seed)[1]
+    assert ids[2] == 4100
+    assert ((ids >= 0) & (ids < 5000)).all()
