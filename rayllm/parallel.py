@@ -36,7 +36,7 @@ class TensorParallel:
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """Sums `x` (any shape) over the ranks, in place. A `summand` is valid until the next one is asked for."""
         if self.shared is not None and x.data_ptr() == self.shared.data_ptr():
-            torch.ops.symm_mem.two_shot_all_reduce_(x, "sum", _group_name())
+            torch.ops.symm_mem.two_shot_all_reduce_(x, "sum", _world().group_name)
         elif self.size > 1:
             dist.all_reduce(x)
         return x
@@ -95,10 +95,10 @@ def _share(size: tuple[int, torch.dtype], device: Device) -> torch.Tensor:
     from torch.distributed import _symmetric_memory
 
     memory = _symmetric_memory.empty(size[0], dtype=size[1], device=device.torch_device)
-    _symmetric_memory.rendezvous(memory, _group_name())
+    _symmetric_memory.rendezvous(memory, _world())
     return memory
 
 
-def _group_name() -> str:
+def _world() -> dist.ProcessGroup:
     assert dist.group.WORLD is not None
-    return dist.group.WORLD.group_name
+    return dist.group.WORLD
