@@ -12,7 +12,7 @@ from ray.serve.handle import DeploymentHandle
 from starlette.applications import Starlette
 from starlette.responses import Response
 
-from deployments.config import ApiConfig, ServedModel
+from deployments.config import ApiConfig, ServedModel, scaling
 from deployments.http import Endpoint, make_app
 from deployments.link import ServeLink
 from deployments.metrics import ServiceMetrics, engine_values, merged
@@ -115,7 +115,7 @@ def api_deployment(
     deployment: Any = serve.deployment(
         serve.ingress()(ApiReplica),
         name=API,
-        num_replicas=config.api_replicas,
+        **scaling(config.api_replicas, config.max_api_replicas, config.api_target_ongoing_requests or 128, config),
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=1_000_000,  # engines bound their queues, and say so with 429
         health_check_period_s=1,
