@@ -61,7 +61,7 @@ class ApiReplica:
         answers = await response.results_async(timeout_s=2, return_exceptions=True)
         self._texts |= {answer[0]: answer[1] for answer in answers if isinstance(answer, tuple)}
         engines = {
-            name: [engine_values(status.stats, status.num_blocks) for status in link.statuses]
+            name: {status.engine: engine_values(status.stats, status.num_blocks) for status in link.statuses}
             for name, link in self._links.items()
         }
         return Response(merged(self._texts.values(), engines), media_type="text/plain; version=0.0.4")

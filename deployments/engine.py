@@ -51,6 +51,8 @@ class Refusal:
 class EngineStatus:
     """What an engine tells of itself while it is alive."""
 
+    engine: str
+    """The replica's id."""
     stats: EngineStats
     num_blocks: int
 
@@ -70,8 +72,8 @@ class EngineReplica:
 
     async def __init__(self, model: ServedModel, source: ModelSource):  # type: ignore[misc]  # Serve awaits it
         self.model = model
+        self._id = serve.get_replica_context().replica_id.unique_id
         self._stage = ""
-        self._death: str | None = None
         loop = asyncio.get_running_loop()
         group = ray.util.get_current_placement_group()
         if group is None or group.bundle_specs != bundles_of(model):
@@ -127,7 +129,8 @@ class EngineReplica:
         """Soon, for the Api asks all engines at once: a stuck one must not hide the others."""
         try:
             async with asyncio.timeout(STATUS_TIMEOUT_S):
-                return EngineStatus(await self.engine.check(), self.engine.info.num_blocks)
+                stats = await self.engine.check()
+                return EngineStatus(self._id, stats, self.engine.info.num_blocks)
         except TimeoutError:
             return Refusal("the engine does not answer", is_full=False)
         except EngineDeadError as error:

@@ -159,19 +159,21 @@ ENGINE_METRICS = {
     "pruned_tokens": "Prompt tokens whose KV was given up since the engine started",
     "pruned_blocks": "KV cache blocks that pruned prompts gave back since the engine started",
     "steps": "Steps since the engine started",
+    "sequences": "Sequences that came since the engine started",
 }
-ENGINE_COUNTERS = {"preemptions", "pruned_tokens", "pruned_blocks", "steps"}
+ENGINE_COUNTERS = {"preemptions", "pruned_tokens", "pruned_blocks", "steps", "sequences"}
 
 
 def engine_values(stats: EngineStats, num_blocks: int) -> dict[str, float]:
     """In the order of `ENGINE_METRICS`."""
     used = num_blocks - stats.num_free_blocks
-    totals = (stats.num_preemptions, stats.num_pruned_tokens, stats.num_pruned_blocks, stats.num_steps)
-    values = (stats.num_running, stats.num_waiting, used, num_blocks, *totals)
+    pruned = stats.num_pruned_tokens, stats.num_pruned_blocks
+    totals = stats.num_preemptions, *pruned, stats.num_steps, stats.num_sequences
+    values = stats.num_running, stats.num_waiting, used, num_blocks, *totals
     return dict(zip(ENGINE_METRICS, map(float, values), strict=True))
 
 
-def merged(texts: Iterable[str], engines: dict[str, list[dict[str, float]]]) -> bytes:
+def merged(texts: Iterable[str], engines: dict[str, dict[str, dict[str, float]]]) -> bytes:
     """One exposition of several processes' `texts`, values of equal labels added up, and of each model's engines."""
     families: dict[str, Metric] = {}
     totals: dict[str, dict[tuple[Any, ...], float]] = {}
@@ -195,8 +197,8 @@ def merged(texts: Iterable[str], engines: dict[str, list[dict[str, float]]]) -> 
             kind = CounterMetricFamily if name in ENGINE_COUNTERS else GaugeMetricFamily
             of_engines = kind(f"rayllm_{name}", doc, labels=["model", "engine"])
             for model, states in engines.items():
-                for i, state in enumerate(states):
-                    of_engines.add_metric([model, str(i)], state[name])
+                for engine, state in states.items():
+                    of_engines.add_metric([model, engine], state[name])
             yield of_engines
 
     return prometheus_client.generate_latest(_Collected(collect))

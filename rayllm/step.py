@@ -15,7 +15,6 @@ import msgspec
 
 from rayllm.sampling_params import SamplingParams
 
-
 BYTES_OF_ID = 4
 
 
