@@ -52,8 +52,6 @@ class ServeLink:
                 response.cancel()
                 call.cancel()
         if refusal is not None:
-            if not refusal.is_full and len(self.statuses) < 2:
-                self.trouble = refusal.reason  # until a probe finds better
             raise refusal.error()
 
     async def recover(self) -> bool:
