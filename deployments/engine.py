@@ -76,10 +76,10 @@ class EngineReplica:
         self._stage = ""
         loop = asyncio.get_running_loop()
         group = ray.util.get_current_placement_group()
-        if group is None or group.bundle_specs != bundles_of(model):
+        if (reserved := group and group.bundle_specs) != bundles_of(model):
             raise UsageError(
-                f"placement_group_bundles must be {bundles_of(model)}: shards have whole GPUs, and "
-                f"tensor_parallel_size says how many; leave placement_group_bundles out"
+                f"placement_group_bundles must be {bundles_of(model)}, not {reserved}: shards have whole GPUs, as many "
+                "as tensor_parallel_size says; leave placement_group_bundles out"
             )
         start = lambda: Engine(  # noqa: E731
             engine_config(model), source, progress=False, placement_group=group, report=self._report

@@ -18,9 +18,11 @@ from rayllm.step import BYTES_OF_ID, NewSequence
 
 logger = logging.getLogger("ray.serve")
 
-MARGIN, SHARE_OF_MEAN = 4, 0.25
+MARGIN, SHARE_OF_MEAN = 8, 0.25
 """A whole cached prompt is worth so many requests more than another engine has: the larger of these two, the second
 of the engines' mean."""
+MAX_EXCESS = 1.25
+"""An engine with so many times the blocks of the mean is not home to what is new."""
 MAX_BLOCKS = 256
 """Of a prompt that are looked at."""
 MAX_REMEMBERED = 32768
@@ -32,11 +34,12 @@ REFRESH_S = 1.0
 class PrefixRouter(FIFOMixin, RequestRouter):
     """Serve's router in each process that calls engines; knows the block hashes of what it sent to which engine.
 
-    A choice goes where the requests that are there already, and the margin times the share of its prompt's blocks
-    that is not cached there, are least. The rest of the prompt after the longest known prefix counts as cached on
-    one engine, its home: among those that have that prefix, the one that the rest's first block is hashed to. So
-    processes that know nothing of each other send what is new to the same engine. Of a request with a session, the
-    session stands for all blocks: its home is where it went last or else, again, where it is hashed to.
+    A choice goes where the requests that are there already, less the margin times the share of its prompt's blocks
+    that is cached there, are least. What follows a prompt's longest known prefix counts as cached on one engine, its
+    home: of those that have the prefix and no more than their part of all blocks so far, the one that its first block
+    is hashed to. So processes that know nothing of each other send what is new to the same engine, but for few. Of a
+    request with a session, the session stands for all blocks: its home is where it went last or else, again, where it
+    is hashed to.
     """
 
     def initialize_state(self, block_size: int) -> None:
@@ -101,7 +104,10 @@ class PrefixRouter(FIFOMixin, RequestRouter):
         depths = {id: _depth(hashes, self._blocks[id]) for id in ids}
         known = max(depths.values())
         if known < len(hashes):
-            depths[_home(hashes[known], [id for id in ids if depths[id] == known])] = len(hashes)
+            numbers = {id: len(self._blocks[id]) for id in ids if depths[id] == known}
+            most = MAX_EXCESS * sum(numbers.values()) / len(numbers)
+            home = _home(hashes[known], [id for id, number in numbers.items() if number <= most])
+            depths[home] = len(hashes)
         return {id: depth / len(hashes) for id, depth in depths.items()}
 
     def _home_of_session(self, key: bytes, ids: Collection[ReplicaID]) -> ReplicaID:

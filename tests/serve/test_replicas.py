@@ -17,8 +17,10 @@ import pytest
 from ray import serve
 
 from deployments.config import ApiConfig, ServedModel
+from deployments.engine import engine_deployment
 from rayllm.errors import UsageError
-from serve.serve_testing import Service, eventually
+from rayllm.model_source import resolve_model
+from serve.serve_testing import Service
 
 TINY: dict[str, Any] = {"model": "org/tiny", "temperature": 1, "ignore_eos": True}
 BLOCK = 16
@@ -80,67 +82,6 @@ def shares(before: Counter[str], after: Counter[str]) -> list[float]:
     return sorted((risen[engine] / risen.total() for engine in after), reverse=True)
 
 
-def test_prefixes_keep_to_their_engine(tiny: Service, pair: Service, rng: random.Random):
-    """Twenty prefixes, repeated: nearly the hit rate of one engine that sees all, and the load is shared."""
-    prefixes = [prompt_of(rng, PREFIX) for _ in range(20)]
-    bodies = [{"prompt": prefix + prompt_of(rng, 8), "max_tokens": 8} for _ in range(8) for prefix in prefixes]
-    best = hit_rate(ask_all(tiny, bodies, at_once=16))
-    before = sequences(pair)
-    routed = hit_rate(ask_all(pair, bodies, at_once=16))
-    assert best > 0.75
-    assert routed >= 0.9 * best
-    assert shares(before, sequences(pair))[0] <= 0.65
-
-
-def test_a_hot_prefix_spills_over(pair: Service, rng: random.Random):
-    hot = prompt_of(rng, PREFIX)
-    bodies = [{"prompt": (hot if i % 5 else prompt_of(rng, PREFIX)) + [i], "max_tokens": 16} for i in range(150)]
-    before = sequences(pair)
-    assert hit_rate(ask_all(pair, bodies, at_once=24)) > 0.6
-    assert shares(before, sequences(pair))[0] <= 0.65
-
-
-def test_sessions_keep_to_their_engine(pair: Service, rng: random.Random):
-    """Whatever they ask, over HTTP or a handle, and whichever process serves them."""
-    handle = serve.get_app_handle("pair")
-    engines = set()
-    for session in ("alice", "bob", "carol", "dave", "erin", "frank", "grace", "heidi"):
-        before = sequences(pair)
-        bodies = [{"prompt": prompt_of(rng, 2 * BLOCK), "max_tokens": 2} for _ in range(6)]
-        ask_all(pair, bodies, 1, **{"X-Session-Id": session})
-        of_session = handle.options(session_id=session)
-        for body in bodies:
-            of_session.generate.remote(body["prompt"], max_tokens=2).result()
-        risen = sequences(pair) - before
-        assert list(risen.values()) == [12]
-        engines |= risen.keys()
-    assert len(engines) == 2
-
-
-def test_an_engine_that_dies_is_not_missed(pair: Service, rng: random.Random):
-    """Requests go on on the other one, and so do new ones, without a failure; then there are two again."""
-    victim = serve.get_deployment_handle("Engine", "pair").status.remote().result()
-    bodies = [{"prompt": prompt_of(rng, 40), "max_tokens": 60} for _ in range(150)]
-
-    async def work() -> float:
-        async with httpx.AsyncClient(base_url=pair.url, timeout=120) as client:
-            requests = []
-            for i, body in enumerate(bodies):
-                requests.append(asyncio.create_task(client.post("/v1/completions", json=TINY | body)))
-                if i == 40:
-                    os.kill(victim.stats.pid, signal.SIGKILL)
-                await asyncio.sleep(0.02)
-            killed = time.monotonic()
-            answers = await asyncio.gather(*requests)
-            assert {answer.text for answer in answers if answer.status_code != 200} == set()
-            assert {answer.json()["usage"]["completion_tokens"] for answer in answers} == {60}
-            return time.monotonic() - killed
-
-    assert asyncio.run(work()) < 30
-    eventually(lambda: len(sequences(pair).keys() - {victim.engine}) == 2, 30, "a new engine")
-    pair.assert_idle()
-
-
 def test_engines_come_and_go_with_the_load(deploy, engine: dict[str, Any], rng: random.Random):
     """From one to two and back under requests that never fail, and so do the processes that serve HTTP."""
     service = deploy(
@@ -185,6 +126,79 @@ def test_engines_come_and_go_with_the_load(deploy, engine: dict[str, Any], rng: 
 
     asyncio.run(asyncio.wait_for(work(), 90))
     service.assert_idle()
+    serve.delete("scaled")  # room for the others
+
+
+def test_shards_have_whole_devices(host: str, engine: dict[str, Any]):
+    """Whoever overrides what the application reserves for an engine is told what to do instead."""
+    source = resolve_model(engine["model"], "auto")
+    model = ServedModel.of(**engine).resolved(device="cpu", model_dtype="float32", model_max_len=2048)
+    app: Any = engine_deployment(model, source, "Engine", ApiConfig())
+    app._bound_deployment = app._bound_deployment.options(placement_group_bundles=[{"CPU": 0.5}])
+    with pytest.raises(RuntimeError):
+        serve.run(app, name="half", route_prefix=None)
+    [state] = serve.status().applications["half"].deployments.values()
+    serve.delete("half")
+    assert "UsageError: placement_group_bundles must be [{'CPU': 1}], not [{'CPU': 0.5}]: shards have" in state.message
+
+
+def test_prefixes_keep_to_their_engine(tiny: Service, pair: Service, rng: random.Random):
+    """Twenty prefixes, repeated: nearly the hit rate of one engine that sees all, and the load is shared."""
+    prefixes = [prompt_of(rng, PREFIX) for _ in range(20)]
+    bodies = [{"prompt": prefix + prompt_of(rng, 8), "max_tokens": 8} for _ in range(6) for prefix in prefixes]
+    best = hit_rate(ask_all(tiny, bodies, at_once=16))
+    before = sequences(pair)
+    routed = hit_rate(ask_all(pair, bodies, at_once=16))
+    assert best > 0.75
+    assert routed >= 0.9 * best
+    assert shares(before, sequences(pair))[0] <= 0.65
+
+
+def test_a_hot_prefix_spills_over(pair: Service, rng: random.Random):
+    hot = prompt_of(rng, PREFIX)
+    bodies = [{"prompt": (hot if i % 5 else prompt_of(rng, PREFIX)) + [i], "max_tokens": 16} for i in range(150)]
+    before = sequences(pair)
+    assert hit_rate(ask_all(pair, bodies, at_once=24)) > 0.6
+    assert shares(before, sequences(pair))[0] <= 0.65
+
+
+def test_sessions_keep_to_their_engine(pair: Service, rng: random.Random):
+    """Whatever they ask, over HTTP or a handle, and whichever process serves them."""
+    handle = serve.get_app_handle("pair")
+    engines = set()
+    for session in ("alice", "bob", "carol", "dave", "erin", "frank", "grace", "heidi"):
+        before = sequences(pair)
+        bodies = [{"prompt": prompt_of(rng, 2 * BLOCK), "max_tokens": 2} for _ in range(6)]
+        ask_all(pair, bodies, 1, **{"X-Session-Id": session})
+        of_session = handle.options(session_id=session)
+        for body in bodies:
+            of_session.generate.remote(body["prompt"], max_tokens=2).result()
+        risen = sequences(pair) - before
+        assert list(risen.values()) == [12]
+        engines |= risen.keys()
+    assert len(engines) == 2
+
+
+def test_an_engine_that_dies_is_not_missed(pair: Service, rng: random.Random):
+    """What it had goes on on the other one, where new requests go too; none fails."""
+    victim = serve.get_deployment_handle("Engine", "pair").status.remote().result()
+    bodies = [{"prompt": prompt_of(rng, 40), "max_tokens": 60} for _ in range(120)]
+
+    async def work() -> float:
+        async with httpx.AsyncClient(base_url=pair.url, timeout=120) as client:
+            requests = []
+            for i, body in enumerate(bodies):
+                requests.append(asyncio.create_task(client.post("/v1/completions", json=TINY | body)))
+                if i == 40:
+                    os.kill(victim.stats.pid, signal.SIGKILL)
+                await asyncio.sleep(0.02)
+            killed = time.monotonic()
+            answers = await asyncio.gather(*requests)
+            assert {answer.text for answer in answers if answer.status_code != 200} == set()
+            assert {answer.json()["usage"]["completion_tokens"] for answer in answers} == {60}
+            return time.monotonic() - killed
+
+    assert asyncio.run(work()) < 30
 
 
 @pytest.mark.parametrize(
