@@ -12,7 +12,7 @@ from ray.serve.handle import DeploymentHandle
 from starlette.applications import Starlette
 from starlette.responses import Response
 
-from deployments.config import ApiConfig, ServedModel
+from deployments.config import ApiConfig, ServedModel, scaling
 from deployments.http import Endpoint, make_app
 from deployments.link import ServeLink
 from deployments.metrics import ServiceMetrics, engine_values, merged
@@ -61,7 +61,7 @@ class ApiReplica:
         answers = await response.results_async(timeout_s=2, return_exceptions=True)
         self._texts |= {answer[0]: answer[1] for answer in answers if isinstance(answer, tuple)}
         engines = {
-            name: [engine_values(status.stats, status.num_blocks) for status in link.statuses]
+            name: {status.engine: engine_values(status.stats, status.num_blocks) for status in link.statuses}
             for name, link in self._links.items()
         }
         return Response(merged(self._texts.values(), engines), media_type="text/plain; version=0.0.4")
@@ -115,7 +115,7 @@ def api_deployment(
     deployment: Any = serve.deployment(
         serve.ingress()(ApiReplica),
         name=API,
-        num_replicas=config.api_replicas,
+        **scaling(config.api_replicas, config.max_api_replicas, config.api_target_ongoing_requests or 128, config),
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=1_000_000,  # engines bound their queues, and say so with 429
         health_check_period_s=1,

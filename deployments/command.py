@@ -40,10 +40,11 @@ def run(options: argparse.Namespace) -> None:
     _check_host(options.host, config)
     if not (options.address or os.environ.get("RAY_ADDRESS")):  # Serve may run already on a cluster that is there
         _check_port(options.host, options.port)
+    num_shards = model.tensor_parallel_size * (model.max_replicas or model.num_replicas)
     # A Ray that is started here runs Serve with fewer threads and hops, and with its logs in files only. This process
     # has imported Serve before: its own handles are to work without an event loop.
     os.environ.setdefault("RAY_SERVE_THROUGHPUT_OPTIMIZED", "1")
-    started_ray = placement.connect(options.address, min_cpus=model.tensor_parallel_size)
+    started_ray = placement.connect(options.address, min_cpus=num_shards)
     stopped = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):  # after Ray, which sets its own
         signal.signal(number, lambda *_: stopped.set())

@@ -14,7 +14,14 @@ class ServedModel(EngineConfig):
     """One model: its engine's arguments, and how it is served."""
 
     served_model_name: str | None = option(None, "the model's name in requests; default: that of its file or folder")
-    num_replicas: int = option(1, "number of engines that serve the model")
+    num_replicas: int = option(1, "number of engines that serve the model; with max_replicas, the least")
+    max_replicas: int | None = option(None, "as many engines at most, by the load; default: num_replicas, always")
+    target_ongoing_requests: int | None = option(
+        None, "choices that each engine has when there are enough engines; default: three quarters of max_num_seqs"
+    )
+    prefix_routing: bool = option(
+        True, "several engines: choices go where their prompt's beginning, or session, was last, unless that is busier"
+    )
     max_queued_requests: int = option(1024, "choices that may wait beyond the max_num_seqs that run; then 429")
     max_queued_tokens: int | None = option(
         None, "prompt tokens that may wait beyond what the KV cache holds; default: four times the cache; then 429"
@@ -23,6 +30,7 @@ class ServedModel(EngineConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check(self.num_replicas >= 1, "num_replicas", "at least 1")
+        _check_scaling(self, "num_replicas", "max_replicas", "target_ongoing_requests")
         self.check(self.max_queued_requests >= 0, "max_queued_requests", "at least 0")
         self.check(self.max_queued_tokens is None or self.max_queued_tokens >= 0, "max_queued_tokens", "at least 0")
         self.check(not self.skip_tokenizer_init, "skip_tokenizer_init", "off: the service reads and writes text")
@@ -39,7 +47,15 @@ class ServedModel(EngineConfig):
 class ApiConfig(Options):
     """What all models of an application share."""
 
-    api_replicas: int = option(1, "number of processes that serve HTTP, tokenise and detokenise")
+    api_replicas: int = option(
+        1, "number of processes that serve HTTP, tokenise and detokenise; with max_api_replicas, the least"
+    )
+    max_api_replicas: int | None = option(None, "as many at most, by the load; default: api_replicas, always")
+    api_target_ongoing_requests: int | None = option(
+        None, "requests that each of these processes has when there are enough of them; default: 128"
+    )
+    upscale_delay_s: float = option(30.0, "how long there must be too few engines, or processes, before more start")
+    downscale_delay_s: float = option(600.0, "how long there must be too many before some end")
     api_keys: tuple[str, ...] = option((), "keys, one of which a request must bear; default: none is asked for")
     max_body_bytes: int = option(16 << 20, "largest body of a request; then 413")
     recovery_timeout_s: float = option(60.0, "longest wait for an engine that comes back before requests end with 503")
@@ -48,10 +64,33 @@ class ApiConfig(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check(self.api_replicas >= 1, "api_replicas", "at least 1")
+        _check_scaling(self, "api_replicas", "max_api_replicas", "api_target_ongoing_requests")
+        self.check(self.upscale_delay_s > 0, "upscale_delay_s", "over 0")
+        self.check(self.downscale_delay_s >= 0, "downscale_delay_s", "at least 0")
         self.check(all(isinstance(key, str) and key for key in self.api_keys), "api_keys", "non-empty texts")
         self.check(self.max_body_bytes >= 1, "max_body_bytes", "at least 1")
         self.check(self.recovery_timeout_s >= 0, "recovery_timeout_s", "at least 0")
         self.check(self.drain_timeout_s >= 0, "drain_timeout_s", "at least 0")
+
+
+def _check_scaling(options: Options, least: str, most: str, target: str) -> None:
+    fewest, maximum, wanted = (getattr(options, name) for name in (least, most, target))
+    options.check(maximum is None or maximum >= fewest, most, f"at least {least} ({fewest})")
+    options.check(wanted is None or wanted >= 1, target, "at least 1")
+    options.check(wanted is None or maximum is not None, target, f"left out without {most}")
+
+
+def scaling(least: int, most: int | None, target: int, api: ApiConfig) -> dict[str, Any]:
+    """Serve's options for a deployment of `least` to `most` replicas that have `target` requests each.
+
+    Serve looks at the mean over the time that an excess must last.
+    """
+    if most is None:
+        return {"num_replicas": least}
+    limits = {"min_replicas": least, "max_replicas": most, "target_ongoing_requests": target}
+    delays = {"upscale_delay_s": api.upscale_delay_s, "downscale_delay_s": api.downscale_delay_s}
+    window = {"look_back_period_s": api.upscale_delay_s, "metrics_interval_s": api.upscale_delay_s / 3}
+    return {"autoscaling_config": limits | delays | window}
 
 
 def read_arguments(arguments: dict[str, Any]) -> tuple[ApiConfig, list[ServedModel]]:

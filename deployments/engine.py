@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,24 +12,26 @@ import msgspec
 import ray
 from ray import serve
 from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
+from ray.serve.config import RequestRouterConfig
 
-from deployments.config import ServedModel, engine_config
+from deployments.config import ApiConfig, ServedModel, engine_config, scaling
 from deployments.metrics import EngineGauges
+from deployments.router import PrefixRouter
 from rayllm.client import Client
 from rayllm.driver import EngineStats
 from rayllm.engine import Engine
-from rayllm.errors import EngineDeadError, QueueFullError
+from rayllm.errors import EngineDeadError, QueueFullError, UsageError
 from rayllm.model_source import ModelSource
 from rayllm.progress import Progress
 from rayllm.sampling_params import SamplingParams
-from rayllm.step import NewSequence
+from rayllm.step import BYTES_OF_ID, NewSequence
 from rayllm.transport import Address
 
 logger = logging.getLogger("ray.serve")
 
-BYTES_OF_ID = 4
 HEALTH_MARGIN_S = 5
 """A check may wait for a stuck driver's answer until that counts as dead; only then Serve should."""
+STATUS_TIMEOUT_S = 1.5
 PROGRESS_NAMESPACE = b"rayllm"
 
 
@@ -48,6 +51,8 @@ class Refusal:
 class EngineStatus:
     """What an engine tells of itself while it is alive."""
 
+    engine: str
+    """The replica's id."""
     stats: EngineStats
     num_blocks: int
 
@@ -67,10 +72,15 @@ class EngineReplica:
 
     async def __init__(self, model: ServedModel, source: ModelSource):  # type: ignore[misc]  # Serve awaits it
         self.model = model
+        self._id = serve.get_replica_context().replica_id.unique_id
         self._stage = ""
-        self._death: str | None = None
         loop = asyncio.get_running_loop()
         group = ray.util.get_current_placement_group()
+        if (reserved := group and group.bundle_specs) != bundles_of(model):
+            raise UsageError(
+                f"placement_group_bundles must be {bundles_of(model)}, not {reserved}: shards have whole GPUs, as many "
+                "as tensor_parallel_size says; leave placement_group_bundles out"
+            )
         start = lambda: Engine(  # noqa: E731
             engine_config(model), source, progress=False, placement_group=group, report=self._report
         )
@@ -116,32 +126,58 @@ class EngineReplica:
             self._num_tokens -= num_tokens
 
     async def status(self) -> EngineStatus | Refusal:
+        """Soon, for the Api asks all engines at once: a stuck one must not hide the others."""
         try:
-            return EngineStatus(await self.engine.check(), self.engine.info.num_blocks)
+            async with asyncio.timeout(STATUS_TIMEOUT_S):
+                stats = await self.engine.check()
+                return EngineStatus(self._id, stats, self.engine.info.num_blocks)
+        except TimeoutError:
+            return Refusal("the engine does not answer", is_full=False)
         except EngineDeadError as error:
             return Refusal(str(error), is_full=False)
 
     async def check_health(self) -> None:
-        """Called by Serve, which replaces a replica whose check raises."""
-        self._gauges.set(await self.engine.check(), self.engine.info.num_blocks)
+        """Called by Serve. With its engine this process ends: were it to raise, Serve would go on sending requests
+        here until the third time."""
+        try:
+            stats = await self.engine.check()
+        except EngineDeadError as error:
+            logger.error(f"{self.model.name}: {error}; another engine takes its place")
+            os._exit(1)
+        self._gauges.set(stats, self.engine.info.num_blocks)
 
 
-def engine_deployment(model: ServedModel, source: ModelSource, name: str, drain_timeout_s: float) -> serve.Application:
-    """`model`, whose device is decided, as a deployment called `name`; shard i gets bundle i, the replica bundle 0."""
+def bundles_of(model: ServedModel) -> list[dict[str, int]]:
+    """What an engine reserves: shard i gets bundle i, the replica and the driver bundle 0."""
     first, other = ({"CPU": 1, "GPU": 1}, {"GPU": 1}) if model.device == "cuda" else ({"CPU": 1}, {"CPU": 1})
+    return [first] + [other] * (model.tensor_parallel_size - 1)
+
+
+def engine_deployment(model: ServedModel, source: ModelSource, name: str, api: ApiConfig) -> serve.Application:
+    """`model`, whose device is decided, as a deployment called `name`."""
     assert model.step_timeout_s is not None
+    options = scaling(
+        model.num_replicas,
+        model.max_replicas,
+        model.target_ongoing_requests or max(1, model.max_num_seqs * 3 // 4),
+        api,
+    )
+    if (model.max_replicas or model.num_replicas) > 1 and model.prefix_routing and model.enable_prefix_caching:
+        options["request_router_config"] = RequestRouterConfig(
+            request_router_class=PrefixRouter, request_router_kwargs={"block_size": model.block_size}
+        )
     deployment: Any = serve.deployment(
         EngineReplica,
         name=name,
-        num_replicas=model.num_replicas,
+        **options,
         ray_actor_options={"num_cpus": 0},
-        placement_group_bundles=[first] + [other] * (model.tensor_parallel_size - 1),
+        placement_group_bundles=bundles_of(model),
         placement_group_strategy="STRICT_PACK",
         max_ongoing_requests=1_000_000,  # the replica itself bounds its queue
         health_check_period_s=1,
         health_check_timeout_s=model.step_timeout_s + HEALTH_MARGIN_S,
         graceful_shutdown_wait_loop_s=0.5,
-        graceful_shutdown_timeout_s=drain_timeout_s,
+        graceful_shutdown_timeout_s=api.drain_timeout_s,
         max_constructor_retry_count=1,
         logging_config={"enable_access_log": False},
     )

@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 import ray
+from ray import serve
 from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
@@ -38,7 +39,9 @@ class ServeLink:
 
     async def answer(self, client: Address, sequence: NewSequence) -> None:
         """See `rayllm.client.Link`."""
-        response = self._engine.answer.remote(client, sequence)
+        session_id = serve.context._get_serve_request_context().session_id  # a handle's option, or x-session-id
+        engine = self._engine.options(method_name="answer", session_id=session_id)
+        response = engine.remote(client, sequence)
         call = asyncio.ensure_future(_result(response))
         try:
             waited: list[asyncio.Future[Any]] = [call, self._lost]
@@ -49,8 +52,6 @@ class ServeLink:
                 response.cancel()
                 call.cancel()
         if refusal is not None:
-            if not refusal.is_full:
-                self.trouble = refusal.reason  # until a probe finds better
             raise refusal.error()
 
     async def recover(self) -> bool:
@@ -74,8 +75,10 @@ class ServeLink:
                 self.statuses = [answer for answer in answers if isinstance(answer, EngineStatus)]
                 refusals = [answer.reason for answer in answers if isinstance(answer, Refusal)]
                 self.trouble = None if self.statuses else next(iter(refusals), "no engine is running")
-            except (TimeoutError, *GONE):
-                self.statuses, self.trouble = [], "no engine answers"
+            except (TimeoutError, *GONE) as error:
+                is_one_stuck = isinstance(error, TimeoutError) and len(self.statuses) > 1
+                if not is_one_stuck:  # of several, which Serve will find
+                    self.statuses, self.trouble = [], "no engine answers"
             if self.trouble is None:
                 last_answer = time.monotonic()
             elif time.monotonic() - last_answer > self._recovery_timeout_s:

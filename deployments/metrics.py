@@ -160,19 +160,21 @@ ENGINE_METRICS = {
     "pruned_blocks": "KV cache blocks that pruned prompts gave back since the engine started",
     "prune_seconds": "Time that pruning has taken on a shard's device since the engine started",
     "steps": "Steps since the engine started",
+    "sequences": "Sequences that came since the engine started",
 }
-ENGINE_COUNTERS = {"preemptions", "pruned_tokens", "pruned_blocks", "prune_seconds", "steps"}
+ENGINE_COUNTERS = {"preemptions", "pruned_tokens", "pruned_blocks", "prune_seconds", "steps", "sequences"}
 
 
 def engine_values(stats: EngineStats, num_blocks: int) -> dict[str, float]:
     """In the order of `ENGINE_METRICS`."""
     used = num_blocks - stats.num_free_blocks
-    pruning = (stats.num_pruned_tokens, stats.num_pruned_blocks, stats.prune_s)
-    values = (stats.num_running, stats.num_waiting, used, num_blocks, stats.num_preemptions, *pruning, stats.num_steps)
+    pruning = stats.num_pruned_tokens, stats.num_pruned_blocks, stats.prune_s
+    totals = stats.num_preemptions, *pruning, stats.num_steps, stats.num_sequences
+    values = stats.num_running, stats.num_waiting, used, num_blocks, *totals
     return dict(zip(ENGINE_METRICS, map(float, values), strict=True))
 
 
-def merged(texts: Iterable[str], engines: dict[str, list[dict[str, float]]]) -> bytes:
+def merged(texts: Iterable[str], engines: dict[str, dict[str, dict[str, float]]]) -> bytes:
     """One exposition of several processes' `texts`, values of equal labels added up, and of each model's engines."""
     families: dict[str, Metric] = {}
     totals: dict[str, dict[tuple[Any, ...], float]] = {}
@@ -196,8 +198,8 @@ def merged(texts: Iterable[str], engines: dict[str, list[dict[str, float]]]) -> 
             kind = CounterMetricFamily if name in ENGINE_COUNTERS else GaugeMetricFamily
             of_engines = kind(f"rayllm_{name}", doc, labels=["model", "engine"])
             for model, states in engines.items():
-                for i, state in enumerate(states):
-                    of_engines.add_metric([model, str(i)], state[name])
+                for engine, state in states.items():
+                    of_engines.add_metric([model, engine], state[name])
             yield of_engines
 
     return prometheus_client.generate_latest(_Collected(collect))

@@ -54,7 +54,7 @@ def build(arguments: dict[str, Any]) -> serve.Application:
         load_tokenizer(decided, source)
         name = "Engine" if len(given) == 1 else f"Engine-{decided.name}"
         models.append((decided, source))
-        engines.append(engine_deployment(decided, source, name, api.drain_timeout_s))
+        engines.append(engine_deployment(decided, source, name, api))
     return api_deployment(api, models, engines)
 
 

@@ -6,13 +6,23 @@ is evicted: unhashed ones first, then least recently used first, a sequence's la
 
 from __future__ import annotations
 
-from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Iterable
 
 import xxhash
 
 from rayllm.sequence import Prefix, Sequence
+from rayllm.step import pack_ids
+
+
+def root_hash(cache_salt: str | None) -> bytes:
+    """The parent of every first block's hash."""
+    return b"root" + xxhash.xxh3_128_digest((cache_salt or "").encode())
+
+
+def block_hash(parent: bytes, token_ids: bytes) -> bytes:
+    """Of a full block after those of `parent`; `token_ids` are int32, in native order."""
+    return xxhash.xxh3_128_digest(parent + token_ids)
 
 
 class BlockManager:
@@ -129,10 +139,8 @@ class BlockManager:
     def _hash(self, seq: Sequence, i: int) -> bytes:
         """Hash of the i-th block of `seq`; needs those before it."""
         if i == len(seq.block_hashes):
-            salt = (seq.cache_salt or "").encode()
-            parent = seq.block_hashes[-1] if i else b"root" + xxhash.xxh3_128_digest(salt)
-            tokens = array("I", self._tokens_of(seq, i)).tobytes()
-            seq.block_hashes.append(xxhash.xxh3_128_digest(parent + tokens))
+            parent = seq.block_hashes[-1] if i else root_hash(seq.cache_salt)
+            seq.block_hashes.append(block_hash(parent, pack_ids(self._tokens_of(seq, i))))
         return seq.block_hashes[i]
 
     def check_integrity(self, sequences: Iterable[Sequence]) -> None:

@@ -67,6 +67,8 @@ class EngineStats:
     pid: int
     """Of the driver."""
     num_steps: int
+    num_sequences: int
+    """That came, in all."""
     num_in_flight: int
     num_running: int
     num_waiting: int
@@ -91,7 +93,7 @@ class Driver:
         self._shards: list[Any] = []
         self._shard_runs: list[ray.ObjectRef] = []
         self._clients: dict[int, Sender] = {}
-        self._num_steps = 0
+        self._num_steps = self._num_sequences = 0
         self._prune_s = 0.0
         self._last_progress = time.monotonic()
 
@@ -162,6 +164,7 @@ class Driver:
         return EngineStats(
             pid=os.getpid(),
             num_steps=self._num_steps,
+            num_sequences=self._num_sequences,
             num_in_flight=len(scheduler.in_flight),
             num_running=len(scheduler.running),
             num_waiting=len(scheduler.waiting),
@@ -220,6 +223,7 @@ class Driver:
                     self._prune_s += message.prune_s
                     self._publish(self.scheduler.update(message))
             case AddSequence():
+                self._num_sequences += 1
                 self.scheduler.add(self._sequence(message.client, message.new))
             case Abort():
                 for sequence in message.sequences:

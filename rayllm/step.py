@@ -15,6 +15,8 @@ import msgspec
 
 from rayllm.sampling_params import SamplingParams
 
+BYTES_OF_ID = 4
+
 
 def pack_ids(token_ids: Iterable[int]) -> bytes:
     """Token ids as int32 in native order: thousands of them cross at once, and lists decode a hundred times slower."""
