@@ -158,18 +158,23 @@ ENGINE_METRICS = {
     "preemptions": "Preemptions since the engine started",
     "pruned_tokens": "Prompt tokens whose KV was given up since the engine started",
     "pruned_blocks": "KV cache blocks that pruned prompts gave back since the engine started",
-    "prune_seconds": "Time that pruning has taken on a shard's device since the engine started",
     "steps": "Steps since the engine started",
     "sequences": "Sequences that came since the engine started",
+    "driver_seconds": "Time that the driver was busy since the engine started",
+    "launch_seconds": "Time that Python took to hand steps to shard 0's device since the engine started",
+    "device_seconds": "Time that shard 0's device computed since the engine started",
+    "prune_seconds": "Time of it for pruning",
 }
-ENGINE_COUNTERS = {"preemptions", "pruned_tokens", "pruned_blocks", "prune_seconds", "steps", "sequences"}
+ENGINE_COUNTERS = set(list(ENGINE_METRICS)[4:])
+"""The others are what is now."""
 
 
 def engine_values(stats: EngineStats, num_blocks: int) -> dict[str, float]:
     """In the order of `ENGINE_METRICS`."""
     used = num_blocks - stats.num_free_blocks
-    pruning = stats.num_pruned_tokens, stats.num_pruned_blocks, stats.prune_s
-    totals = stats.num_preemptions, *pruning, stats.num_steps, stats.num_sequences
+    pruned = stats.num_pruned_tokens, stats.num_pruned_blocks
+    times = stats.driver_s, stats.times.launch_s, stats.times.device_s, stats.times.prune_s
+    totals = stats.num_preemptions, *pruned, stats.num_steps, stats.num_sequences, *times
     values = stats.num_running, stats.num_waiting, used, num_blocks, *totals
     return dict(zip(ENGINE_METRICS, map(float, values), strict=True))
 

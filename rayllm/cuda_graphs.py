@@ -63,7 +63,6 @@ class StepGraphs:
         shapes: list[Shape],
         track: Track = untracked,
     ):
-        self._lanes = lanes
         self._graphs: dict[Shape, tuple[torch.cuda.CUDAGraph, ModelOutput]] = {}
         """The smallest shapes first."""
         if not shapes:
@@ -103,8 +102,8 @@ class StepGraphs:
                 return shape
         return None
 
-    def __call__(self, rows: Rows, shape: Shape) -> ModelOutput:
-        packed = self._lanes.device.put(pack(rows, shape, self._lanes.padding))
+    def __call__(self, packed: torch.Tensor, shape: Shape) -> ModelOutput:
+        """The step that `pack` padded to `shape`, which `find` found."""
         self._packed[: len(packed)].copy_(packed)
         graph, output = self._graphs[shape]
         graph.replay()

@@ -36,6 +36,7 @@ from rayllm.step import (
     SequenceUpdate,
     ShardFailed,
     StepOutput,
+    StepTimes,
     Stop,
     Updates,
     unpack_ids,
@@ -77,8 +78,10 @@ class EngineStats:
     num_pruned_tokens: int
     num_pruned_blocks: int
     """Given back by prompts that were pruned."""
-    prune_s: float
-    """What a shard's device has spent on pruning."""
+    driver_s: float
+    """The driver was busy."""
+    times: StepTimes
+    """Of all steps."""
     stalled_s: float
     """How long the oldest step in flight has been waited for."""
 
@@ -94,7 +97,8 @@ class Driver:
         self._shard_runs: list[ray.ObjectRef] = []
         self._clients: dict[int, Sender] = {}
         self._num_steps = self._num_sequences = 0
-        self._prune_s = 0.0
+        self._driver_s = 0.0
+        self._times = StepTimes()
         self._last_progress = time.monotonic()
 
     def start(self, placement_group: PlacementGroup, owner: Address) -> EngineInfo:
@@ -172,7 +176,8 @@ class Driver:
             num_preemptions=scheduler.num_preemptions,
             num_pruned_tokens=scheduler.num_pruned_tokens,
             num_pruned_blocks=scheduler.num_pruned_blocks,
-            prune_s=self._prune_s,
+            driver_s=self._driver_s,
+            times=self._times,
             stalled_s=time.monotonic() - self._last_progress if scheduler.in_flight else 0.0,
         )
 
@@ -181,15 +186,19 @@ class Driver:
         try:
             running = True
             while running:
-                step = None
+                step, began = None, time.perf_counter()
                 if len(self.scheduler.in_flight) < MAX_STEPS_IN_FLIGHT and (step := self.scheduler.schedule()):
                     if len(self.scheduler.in_flight) == 1:
                         self._last_progress = time.monotonic()
                     self._num_steps += 1
                     for sender in self._senders:
                         sender.send(step)
-                for message in self._inbox.receive(timeout_s=0 if step else None):
+                self._driver_s += time.perf_counter() - began
+                messages = self._inbox.receive(timeout_s=0 if step else None)
+                began = time.perf_counter()
+                for message in messages:
                     running = running and self._handle(message)
+                self._driver_s += time.perf_counter() - began
         except Exception as error:
             reason = str(error) if isinstance(error, EngineDeadError) else f"driver: {type(error).__name__}: {error}"
             self._owner.send(EngineDied(reason))
@@ -220,7 +229,7 @@ class Driver:
             case StepOutput():
                 if message.incarnation == self.incarnation:
                     self._last_progress = time.monotonic()
-                    self._prune_s += message.prune_s
+                    self._times += message.times
                     self._publish(self.scheduler.update(message))
             case AddSequence():
                 self._num_sequences += 1

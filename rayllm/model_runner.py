@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,7 +31,7 @@ from rayllm.progress import Track, untracked
 from rayllm.pruning import SINKS, PruningPolicy, make_policy
 from rayllm.sampler import LogprobTensors, Sampler, top_logprobs
 from rayllm.sampling_params import SamplingParams
-from rayllm.step import LaneStart, Logprobs, PromptLogprobs, StepInput, StepOutput, pack_ids
+from rayllm.step import LaneStart, Logprobs, PromptLogprobs, StepInput, StepOutput, StepTimes, pack_ids
 from rayllm.weights import load_weights
 
 PROMPT_LOGPROB_ROWS = 512
@@ -83,14 +84,17 @@ class ModelRunner:
     @torch.inference_mode()
     def execute(self, step: StepInput) -> PendingOutput:
         """Computes `step`. On a GPU this returns when all is queued; `PendingOutput.wait` waits for the tokens."""
+        began, on_device, pruning = time.perf_counter(), Stopwatch(self.device), Stopwatch(self.device)
         self.lanes.apply(step)
         rows = take_rows(step, self.lanes)
-        own, pruning = Shape.of(rows), None
-        if not step.prunes and (shape := self.graphs.find(own)):
-            output = self.graphs(rows, shape)
+        own = Shape.of(rows)
+        shape = None if step.prunes else self.graphs.find(own)
+        packed = self.device.put(pack(rows, shape or own, self.lanes.padding))
+        on_device.start()
+        if shape is not None:
+            output = self.graphs(packed, shape)
         else:
-            inputs = unpack(self.device.put(pack(rows, own, self.lanes.padding)), own, self.lanes)
-            output = self._forward(inputs, pruning := self._pruning_of(step, rows))
+            output = self._forward(unpack(packed, own, self.lanes), self._pruning_of(step, rows, pruning))
         if step.prunes:
             self.lanes.prune(step.prunes)
         token_ids, logprobs = output.token_ids[: own.num_samples], None
@@ -99,10 +103,19 @@ class ModelRunner:
             places = self.device.put(np.stack((lanes, self.lanes.num_tokens[lanes] - 1)))
             token_ids, logprobs = self.sampler.draw_processed(output.logits[: own.num_samples], lanes, *places)
         prompts = self._prompt_logprobs(rows, output.hidden)
-        stopwatch = pruning.stopwatch if pruning else None
-        return PendingOutput(step, token_ids, logprobs, self.lanes.logprobs[lanes], prompts, stopwatch)
+        on_device.stop()
+        return PendingOutput(
+            step,
+            token_ids,
+            logprobs,
+            self.lanes.logprobs[lanes],
+            prompts,
+            launch_s=time.perf_counter() - began,
+            on_device=on_device,
+            pruning=pruning,
+        )
 
-    def _pruning_of(self, step: StepInput, rows: Rows) -> Pruning | None:
+    def _pruning_of(self, step: StepInput, rows: Rows, stopwatch: Stopwatch) -> Pruning | None:
         """What the step prunes, on the device."""
         if not step.prunes:
             return None
@@ -122,7 +135,7 @@ class ModelRunner:
             num_kept=put(np.array(counts)),
             most=max(counts),
             new_tables=put(tables),
-            stopwatch=Stopwatch(self.device),
+            stopwatch=stopwatch,
         )
 
     def _forward(self, inputs: ModelInput, pruning: Pruning | None = None) -> ModelOutput:
@@ -239,11 +252,14 @@ class PendingOutput:
         logprobs: LogprobTensors | None,
         wanted: np.ndarray,
         prompts: list[tuple[int, int, LogprobTensors]],
-        prune_time: Stopwatch | None,
+        *,
+        launch_s: float,
+        on_device: Stopwatch,
+        pruning: Stopwatch,
     ):
         """`wanted` [S]: how many logprobs each sampled token's lane asked for, -1 for none."""
         self._step = step
-        self._prune_time = prune_time
+        self._launch_s, self._on_device, self._pruning = launch_s, on_device, pruning
         self._wanted = wanted.tolist()
         self._prompts = [(chunk, start) for chunk, start, _ in prompts]
         tables = ([logprobs] if logprobs else []) + [part for _, _, part in prompts]
@@ -260,8 +276,8 @@ class PendingOutput:
             own = tables.pop(0)
             logprobs = {i: _cut(own[i], wanted) for i, wanted in enumerate(self._wanted) if wanted >= 0}
         prompts = [PromptLogprobs(*place, table) for place, table in zip(self._prompts, tables, strict=True)]
-        prune_s = self._prune_time.seconds() if self._prune_time else 0.0
-        return StepOutput(self._step.incarnation, self._step.step, token_ids, logprobs, prompts, prune_s)
+        times = StepTimes(self._launch_s, self._on_device.seconds(), self._pruning.seconds())
+        return StepOutput(self._step.incarnation, self._step.step, token_ids, logprobs, prompts, times)
 
 
 def _rows(token_ids: list, logprobs: list, ranks: list) -> list[Logprobs]:

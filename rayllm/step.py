@@ -12,6 +12,7 @@ from array import array
 from collections.abc import Iterable
 
 import msgspec
+from msgspec.structs import astuple
 
 from rayllm.sampling_params import SamplingParams
 
@@ -97,6 +98,20 @@ class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True):
     entries: list[Logprobs]
 
 
+class StepTimes(msgspec.Struct, frozen=True, array_like=True):
+    """Seconds that a step took on rank 0."""
+
+    launch_s: float = 0.0
+    """Of Python, until all was handed to the device."""
+    device_s: float = 0.0
+    """On the device."""
+    prune_s: float = 0.0
+    """Of `device_s`, for pruning."""
+
+    def __add__(self, other: StepTimes) -> StepTimes:
+        return StepTimes(*(mine + its for mine, its in zip(astuple(self), astuple(other), strict=True)))
+
+
 class StepOutput(Message, frozen=True, array_like=True):
     """One token per row that samples, in order of rows."""
 
@@ -106,8 +121,7 @@ class StepOutput(Message, frozen=True, array_like=True):
     logprobs: dict[int, Logprobs] = {}
     """By index into `token_ids`, for sequences that asked."""
     prompt_logprobs: list[PromptLogprobs] = []
-    prune_s: float = 0.0
-    """Seconds that rank 0's device spent on pruning."""
+    times: StepTimes = StepTimes()
 
 
 class ShardFailed(Message, frozen=True, array_like=True):

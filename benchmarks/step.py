@@ -1,0 +1,96 @@
+"""Where a step's time goes: on the device, in the shard's Python, in the driver; one JSON line for each kind of step.
+
+    python benchmarks/step.py --model config.json --load-format dummy
+
+Decoding at batch 1 and at `--batch`, then mixed steps: `--decodes` sequences decode while prompts are computed in
+chunks of `--chunk` tokens. Every engine argument is a flag, as for `rayllm generate`. Times are means over many steps,
+in milliseconds; what the device idles is the rest of the wall clock, up to the launch itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import dataclasses
+import json
+import random
+import time
+from typing import Any
+
+from rayllm import AsyncLLM, SamplingParams, config
+from rayllm.driver import EngineStats
+
+PROMPT_LEN = 256
+
+
+async def measure(llm: AsyncLLM, kind: str, num_decodes: int, num_tokens: int, prompts: list[list[int]]) -> None:
+    """Steps between the moment when `num_decodes` sequences decode, and the end of the first of their `num_tokens`
+    tokens or, if there are such, of `prompts`, which come one after the other."""
+    rng = random.Random()
+    ready = [asyncio.Event() for _ in range(num_decodes)]
+
+    async def decode(index: int) -> None:
+        prompt = [rng.randrange(10000) for _ in range(PROMPT_LEN)]
+        async for _ in llm.generate(prompt, SamplingParams(ignore_eos=True, max_tokens=num_tokens)):
+            ready[index].set()
+
+    async def compute_prompts() -> None:
+        for prompt in prompts:
+            async for _ in llm.generate(prompt, SamplingParams(ignore_eos=True, max_tokens=1)):
+                pass
+
+    decodes = [asyncio.create_task(decode(index)) for index in range(num_decodes)]
+    for event in ready:
+        await event.wait()
+    before, start = await llm.engine.check(), time.perf_counter()
+    limits = [asyncio.create_task(compute_prompts())] if prompts else decodes
+    await asyncio.wait(limits, return_when=asyncio.FIRST_COMPLETED)
+    after, wall_s = await llm.engine.check(), time.perf_counter() - start
+    for task in decodes:
+        task.cancel()
+    await asyncio.gather(*decodes, return_exceptions=True)
+    print(json.dumps(line(kind, before, after, wall_s)), flush=True)
+
+
+def line(kind: str, before: EngineStats, after: EngineStats, wall_s: float) -> dict[str, Any]:
+    steps = after.num_steps - before.num_steps
+    seconds = {
+        "wall": wall_s,
+        "device": after.times.device_s - before.times.device_s,
+        "launch": after.times.launch_s - before.times.launch_s,
+        "driver": after.driver_s - before.driver_s,
+    }
+    per_step = {f"{name}_ms": round(1000 * value / steps, 3) for name, value in seconds.items()}
+    return {"step": kind, "steps": steps, **per_step, "device_idle": round(1 - seconds["device"] / wall_s, 3)}
+
+
+async def run(options: argparse.Namespace) -> None:
+    arguments = dataclasses.asdict(config.from_arguments(options)) | {"skip_tokenizer_init": True}
+    mixed = {"max_num_seqs": options.decodes + 1, "max_num_batched_tokens": options.decodes + options.chunk}
+    rng = random.Random(0)
+    prompt_len = options.chunk * options.chunks_per_prompt
+    prompts = [[rng.randrange(10000) for _ in range(prompt_len)] for _ in range(options.prompts)]
+    async with AsyncLLM(**arguments | {"max_num_seqs": options.batch}) as llm:
+        for batch in (1, options.batch):
+            for _ in range(2):  # the first warms up
+                await measure(llm, f"{batch} decode", batch, options.tokens, [])
+    async with AsyncLLM(**arguments | mixed) as llm:
+        kind = f"{options.decodes} decode, {options.chunk} of a prompt"
+        await measure(llm, kind, options.decodes, 10 * options.tokens, prompts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="a model, or with --load-format dummy a config.json")
+    parser.add_argument("--batch", type=int, default=256, help="sequences that decode together")
+    parser.add_argument("--tokens", type=int, default=256, help="of each of them")
+    parser.add_argument("--decodes", type=int, default=200, help="sequences that decode in mixed steps")
+    parser.add_argument("--chunk", type=int, default=2048, help="prompt tokens in a mixed step")
+    parser.add_argument("--chunks-per-prompt", type=int, default=4)
+    parser.add_argument("--prompts", type=int, default=16, help="in mixed steps, one after the other")
+    config.add_arguments(parser.add_argument_group("engine"))
+    asyncio.run(run(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    main()
