@@ -27,13 +27,14 @@ def tiny(tiny_models: dict[str, Path]) -> PrunedReference:
 
 
 def make_prompts(rng: random.Random) -> list[list[int]]:
-    """Some begin alike, two are the same, some are not longer than the limit or hardly so."""
+    """Some begin alike, two are the same, some are not longer than the limit or hardly so; of the last ones more than
+    the tight cache holds to their ends begin together."""
     stem = [rng.randrange(199) for _ in range(40)]
     lengths = (1, 24, 25, 32, 33, 41, rng.randint(60, 100), rng.randint(60, 100))
     prompts = [[rng.randrange(199) for _ in range(length)] for length in lengths]
     prompts += [stem + [rng.randrange(199) for _ in range(length)] for length in (1, 9, 40)]
     rng.shuffle(prompts)
-    return [*prompts, prompts[0]]
+    return [*prompts, prompts[0], *([rng.randrange(199) for _ in range(24)] for _ in range(5))]
 
 
 def keeps(prompt: list[int], block_size: int) -> bool:
