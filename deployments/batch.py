@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 import ray
+from ray.util.placement_group import PlacementGroup, placement_group_table
 
 from deployments.config import BatchConfig, engine_config
-from deployments.engine import write_progress
 from deployments.http import ApiError, error_of
 from deployments.metrics import ServiceMetrics
 from deployments.protocol import ChatRequest, CompletionRequest, ErrorBody, ErrorDetail
@@ -93,6 +95,42 @@ def request_of(row: bytes, model: str) -> tuple[str, ChatRequest | CompletionReq
     return url, msgspec.json.decode(msgspec.json.encode({"model": model} | body), type=BODIES[url])
 
 
+class Slots:
+    """An actor that knows which process has which engine's resources, and how far the engines' start is."""
+
+    def __init__(self, groups: list[PlacementGroup]):
+        self._groups = groups
+        self._owners: dict[str, int] = {}
+        """The number of its group, by process."""
+        self._num_starts: Counter[str] = Counter()
+        self._progress: Progress | None = None
+
+    def claim(self, owner: str, node_id: str) -> PlacementGroup:
+        """The group that was its own before its process died, or else a free one, on its node if there is one.
+
+        Raises `EngineDeadError` for a process that has died too often.
+        """
+        self._num_starts[owner] += 1
+        if self._num_starts[owner] > MAX_RESTARTS + 1:
+            raise EngineDeadError(f"an engine's process died {self._num_starts[owner] - 1} times: its log says why")
+        if owner not in self._owners:
+            free = set(range(len(self._groups))) - set(self._owners.values())
+            self._owners[owner] = min(free, key=lambda number: (_node_of(self._groups[number]) != node_id, number))
+        return self._groups[self._owners[owner]]
+
+    def report(self, progress: Progress) -> None:
+        self._progress = progress
+
+    def progress(self) -> Progress | None:
+        return self._progress
+
+
+def _node_of(group: PlacementGroup) -> str:
+    """Where the driver will be."""
+    node_id: str = placement_group_table(group)["bundles_to_node_id"][0]
+    return node_id
+
+
 class RestartingLink:
     """A `rayllm.client.Link` to an engine of this process, which is replaced when it dies or hangs."""
 
@@ -128,25 +166,22 @@ class RestartingLink:
     async def _watch(self) -> None:
         """Notices an engine that hangs; its requests find out that it is dead then."""
         while True:
-            try:
+            with contextlib.suppress(EngineDeadError):
                 await self.engine.check()
-            except EngineDeadError:
-                pass
             await asyncio.sleep(CHECK_PERIOD_S)
 
 
 class BatchEngine:
-    """A callable for `Dataset.map_batches`, in an actor that has a placement group for its engine."""
+    """A callable for `Dataset.map_batches`: the process of one engine, whose resources an actor `Slots` assigns."""
 
-    def __init__(self, config: BatchConfig, source: ModelSource, job: str):
-        """`job`: under which the start's progress is told, see `deployments.engine.read_progress`."""
-        group = ray.util.get_current_placement_group()
-
-        def report(progress: Progress) -> None:
-            write_progress(job, progress)
+    def __init__(self, config: BatchConfig, source: ModelSource, slots: Any):
+        context = ray.get_runtime_context()
+        group = ray.get(slots.claim.remote(context.get_actor_id(), context.get_node_id()))
 
         def start() -> Engine:
-            return Engine(engine_config(config), source, progress=False, placement_group=group, report=report)
+            return Engine(
+                engine_config(config), source, progress=False, placement_group=group, report=slots.report.remote
+            )
 
         link = RestartingLink(start)
         tokenizer = load_tokenizer(config, source)

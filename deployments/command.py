@@ -118,7 +118,8 @@ def _failure(app: Any) -> Exception:
     """The error that ended the start, in one line."""
     messages = [app.message, *(deployment.message for deployment in app.deployments.values())]
     lines = [line.strip() for message in messages for line in message.splitlines()]
-    return named_in("\n".join(lines)) or EngineDeadError(f"the service failed to start: {lines[-1] if lines else 'see the logs of Ray Serve'}")
+    last = lines[-1] if lines else "see the logs of Ray Serve"
+    return named_in("\n".join(lines)) or EngineDeadError(f"the service failed to start: {last}")
 
 
 def _watch(stopped: threading.Event) -> None:

@@ -6,24 +6,22 @@ Ray Data streams the rows from the node where this runs to the engines, wherever
 from __future__ import annotations
 
 import argparse
-import itertools
+import importlib.util
 import logging
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray.util.placement_group import PlacementGroup
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from tqdm import tqdm
 
-from deployments.batch import MAX_RESTARTS, BatchEngine
+from deployments.batch import BatchEngine, Slots
 from deployments.config import BatchConfig
-from deployments.engine import read_progress
 from rayllm import placement
 from rayllm.batch_input import Row, find_files, read_input
 from rayllm.batch_output import BatchOutput, Job
@@ -68,10 +66,8 @@ def run(config: BatchConfig, pattern: str, folder: str, address: str | None = No
 
 
 def _check_ray_data() -> None:
-    try:
-        import ray.data
-    except ImportError:
-        raise UsageError("batch jobs need Ray Data: pip install 'rayllm[batch]'") from None
+    if not all(importlib.util.find_spec(name) for name in ("pandas", "pyarrow")):  # what ray[data] brings
+        raise UsageError("batch jobs need Ray Data: pip install 'rayllm[batch]'")
 
 
 def _interrupt(*_: Any) -> None:
@@ -95,9 +91,9 @@ def _answer(
         groups = placement.reserve_all(
             config.num_engines, config.tensor_parallel_size, device, config.placement_timeout_s
         )
-        job = f"batch {ray.get_runtime_context().get_job_id()}"
-        with _Bar(job, len(output.done), len(output.done) + len(rows)) as bar:
-            for answers in _stream(rows, config, source, groups, job):
+        slots = ray.remote(num_cpus=0)(Slots).remote(groups)
+        with _Bar(slots, len(output.done), len(output.done) + len(rows)) as bar:
+            for answers in _stream(rows, config, source, slots):
                 output.add(answers["key"], answers["line"], sum(answers["failed"]))
                 bar.update(len(answers["key"]), sum(answers["tokens"]), output.num_failed)
     except ray.exceptions.RayError as error:
@@ -110,9 +106,7 @@ def _answer(
             ray.shutdown()
 
 
-def _stream(
-    rows: list[Row], config: BatchConfig, source: ModelSource, groups: Sequence[PlacementGroup], job: str
-) -> Iterator[dict[str, list[Any]]]:
+def _stream(rows: list[Row], config: BatchConfig, source: ModelSource, slots: Any) -> Iterator[dict[str, list[Any]]]:
     """The answers, as they come."""
     from ray.data import ActorPoolStrategy, DataContext, read_datasource
 
@@ -127,7 +121,6 @@ def _stream(
     batch_rows = max(1, min(MAX_BATCH_ROWS, config.max_num_seqs // 8))
     num_batches = -(-2 * config.max_num_seqs // batch_rows)
     batches = [rows[i : i + batch_rows] for i in range(0, len(rows), batch_rows)]
-    strategies = itertools.cycle([PlacementGroupSchedulingStrategy(group, 0) for group in groups])
     answers = read_datasource(
         RowSource(batches),
         override_num_blocks=len(batches),
@@ -136,15 +129,15 @@ def _stream(
         label_selector={"ray.io/node-id": ray.get_runtime_context().get_node_id()},
     ).map_batches(
         BatchEngine,
-        fn_constructor_kwargs={"config": config, "source": source, "job": job},
+        fn_constructor_kwargs={"config": config, "source": source, "slots": slots},
         compute=ActorPoolStrategy(
-            size=len(groups), max_concurrent_calls_per_actor=num_batches, max_tasks_in_flight_per_actor=num_batches + 2
+            size=config.num_engines,
+            max_concurrent_calls_per_actor=num_batches,
+            max_tasks_in_flight_per_actor=num_batches + 2,
         ),
-        batch_size=None,
+        batch_size=batch_rows,  # without it Ray Data would have the engines' processes read the files
         batch_format="pyarrow",
         num_cpus=0,
-        ray_remote_args_fn=lambda: {"scheduling_strategy": next(strategies)},
-        max_restarts=MAX_RESTARTS,
     )
     for block in answers.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
         yield block.to_pydict()
@@ -153,10 +146,11 @@ def _stream(
 class _Bar:
     """How many rows are done, and before the first how far the engines are."""
 
-    def __init__(self, job: str, num_done: int, num_rows: int):
-        period_s = POLL_S if sys.stderr.isatty() else BAR_PERIOD_S
+    def __init__(self, slots: Any, num_done: int, num_rows: int):
+        self._is_terminal = sys.stderr.isatty()
+        period_s = POLL_S if self._is_terminal else BAR_PERIOD_S
         self._bar = tqdm(desc="starting", initial=num_done, total=num_rows, unit="row", mininterval=period_s)
-        self._job = job
+        self._slots = slots
         self._begun = threading.Event()
         self._start = time.monotonic()
         self._num_tokens = 0
@@ -169,14 +163,18 @@ class _Bar:
     def _follow_start(self) -> None:
         stage = ""
         while not self._begun.wait(POLL_S):
-            if (progress := read_progress(self._job)) and (sys.stderr.isatty() or progress.stage != stage):
+            progress = ray.get(self._slots.progress.remote())
+            if progress and (self._is_terminal or progress.stage != stage):
                 stage = progress.stage
                 self._bar.set_description_str(f"{stage} {progress.done}/{progress.total}" if progress.total else stage)
 
+    def _begin(self) -> None:
+        self._begun.set()
+        self._follower.join()
+
     def update(self, num_rows: int, num_tokens: int, num_failed: int) -> None:
         if not self._begun.is_set():
-            self._begun.set()
-            self._follower.join()
+            self._begin()
             self._start = time.monotonic()
             self._bar.set_description_str("answering", refresh=False)
         self._num_tokens += num_tokens
@@ -185,8 +183,7 @@ class _Bar:
         self._bar.update(num_rows)
 
     def __exit__(self, *exception: object) -> None:
-        self._begun.set()
-        self._follower.join()
+        self._begin()
         self._bar.close()
 
 

@@ -27,7 +27,7 @@ class Job(msgspec.Struct):
 
 class _Answer(msgspec.Struct):
     custom_id: str
-    error: msgspec.Raw | None = None
+    error: Any = None
 
 
 class BatchOutput:
