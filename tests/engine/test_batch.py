@@ -61,6 +61,7 @@ class Head:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
+                cwd=folder,  # where jobs start, too: not where rayllm could be imported from
             )
         eventually(self._has_started, seconds=60, what="the head node")
 
