@@ -6,6 +6,7 @@ Ray Data streams the rows from the node where this runs to the engines, wherever
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
 import logging
 import signal
@@ -77,6 +78,7 @@ def _interrupt(*_: Any) -> None:
 def _answer(
     rows: list[Row], config: BatchConfig, source: ModelSource, address: str | None, output: BatchOutput
 ) -> None:
+    config = dataclasses.replace(config, num_engines=min(config.num_engines, len(rows)))
     started_ray = placement.connect(address, min_cpus=config.tensor_parallel_size * config.num_engines)
     signal.signal(signal.SIGTERM, _interrupt)  # Ray has set its own
     groups: list[PlacementGroup] = []
@@ -106,6 +108,12 @@ def _answer(
             ray.shutdown()
 
 
+def _batches(rows: list[Row], config: BatchConfig) -> list[list[Row]]:
+    """At least one for each engine."""
+    size = max(1, min(MAX_BATCH_ROWS, config.max_num_seqs // 8, len(rows) // config.num_engines))
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+
 def _stream(rows: list[Row], config: BatchConfig, source: ModelSource, slots: Any) -> Iterator[dict[str, list[Any]]]:
     """The answers, as they come."""
     from ray.data import ActorPoolStrategy, DataContext, read_datasource
@@ -116,15 +124,14 @@ def _stream(rows: list[Row], config: BatchConfig, source: ModelSource, slots: An
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_no_progress_timeout_s = -1  # engines are watched where they are
+    batches = _batches(rows, config)
     # An engine is full while twice as many rows as it runs at once are in its process: a batch lasts as long as its
     # longest answer.
-    batch_rows = max(1, min(MAX_BATCH_ROWS, config.max_num_seqs // 8))
-    num_batches = -(-2 * config.max_num_seqs // batch_rows)
-    batches = [rows[i : i + batch_rows] for i in range(0, len(rows), batch_rows)]
+    num_calls = min(len(batches), -(-2 * config.max_num_seqs // len(batches[0])))
     answers = read_datasource(
         RowSource(batches),
         override_num_blocks=len(batches),
-        concurrency=2,
+        concurrency=min(2, len(batches)),
         num_cpus=0,
         label_selector={"ray.io/node-id": ray.get_runtime_context().get_node_id()},
     ).map_batches(
@@ -132,10 +139,10 @@ def _stream(rows: list[Row], config: BatchConfig, source: ModelSource, slots: An
         fn_constructor_kwargs={"config": config, "source": source, "slots": slots},
         compute=ActorPoolStrategy(
             size=config.num_engines,
-            max_concurrent_calls_per_actor=num_batches,
-            max_tasks_in_flight_per_actor=num_batches + 2,
+            max_concurrent_calls_per_actor=num_calls,
+            max_tasks_in_flight_per_actor=num_calls + 2,
         ),
-        batch_size=batch_rows,  # without it Ray Data would have the engines' processes read the files
+        batch_size=len(batches[0]),  # without it Ray Data would have the engines' processes read the files
         batch_format="pyarrow",
         num_cpus=0,
     )
