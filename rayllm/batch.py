@@ -30,6 +30,7 @@ from rayllm.cli import Parser, exit_code
 from rayllm.config import add_arguments, from_arguments
 from rayllm.errors import EngineDeadError, UsageError, named_in
 from rayllm.model_source import ModelSource, resolve_model
+from rayllm.progress import Progress
 from rayllm.tokenizer import load_tokenizer
 
 MAX_BATCH_ROWS = 32
@@ -168,11 +169,15 @@ class _Bar:
         return self
 
     def _follow_start(self) -> None:
-        stage = ""
+        known = Progress("")
         while not self._begun.wait(POLL_S):
-            progress = ray.get(self._slots.progress.remote())
-            if progress and (self._is_terminal or progress.stage != stage):
-                stage = progress.stage
+            progress = ray.get(self._slots.progress.remote()) or known
+            if progress == known:
+                continue
+            self._start = time.monotonic()  # of the answers, when no more is told
+            is_shown = self._is_terminal or progress.stage != known.stage
+            known, stage = progress, progress.stage
+            if is_shown:
                 self._bar.set_description_str(f"{stage} {progress.done}/{progress.total}" if progress.total else stage)
 
     def _begin(self) -> None:
@@ -182,7 +187,6 @@ class _Bar:
     def update(self, num_rows: int, num_tokens: int, num_failed: int) -> None:
         if not self._begun.is_set():
             self._begin()
-            self._start = time.monotonic()
             self._bar.set_description_str("answering", refresh=False)
         self._num_tokens += num_tokens
         rate = self._num_tokens / max(time.monotonic() - self._start, POLL_S)

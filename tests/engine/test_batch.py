@@ -14,11 +14,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import pytest
-from engine_testing import eventually
+from engine_testing import WHOLE, eventually, greedy
 
+import deployments.batch
+from deployments.batch import MAX_RESTARTS, RestartingLink, Slots
+from rayllm import placement
 from rayllm.batch import main
+from rayllm.client import Client
+from rayllm.config import EngineConfig
+from rayllm.engine import Engine
+from rayllm.errors import EngineDeadError
+from rayllm.model_source import resolve_model
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -80,6 +89,12 @@ class Head:
             check=False,
         )
 
+    def stop(self, job: str) -> None:
+        """What `ray job stop` does, without its start: the job is to be stopped in its middle."""
+        headers = {"Authorization": f"Bearer {self.environment['RAY_AUTH_TOKEN']}"}
+        url = f"{self.environment['RAY_ADDRESS']}/api/jobs/{job}/stop"
+        assert httpx.post(url, headers=headers).raise_for_status().json() == {"stopped": True}
+
     def processes(self, what: str) -> list[psutil.Process]:
         """Those of its cluster whose command line fits."""
         found = []
@@ -110,7 +125,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
 def write_rows(path: Path) -> None:
     rows: list[Any] = []
     for i in range(500):
-        body = {"max_tokens": 40, "temperature": 0, "ignore_eos": True}
+        body = {"max_tokens": 32, "temperature": 0, "ignore_eos": True}
         if i % 3 == 0:
             chat = body | {"messages": [{"role": "user", "content": f"Number {i}"}]}
             rows.append({"custom_id": f"c{i}", "method": "POST", "url": "/v1/chat/completions", "body": chat})
@@ -151,7 +166,7 @@ def test_a_job_that_is_killed_stopped_and_continued(
     assert 0 < len(first) < 500
 
     submit_and_wait_for_parts(len(list(out.glob("part-*"))), "stopped")
-    head.job("stop", "stopped")
+    head.stop("stopped")
     eventually(lambda: not head.processes(ENGINE_PROCESSES), seconds=20, what="the end of the engine's processes")
     second = lines(out)
     assert len(first) < len(second) < 500
@@ -183,7 +198,7 @@ def test_a_job_that_is_killed_stopped_and_continued(
         assert response["status_code"] == (400 if key in failed else 200)
         if key not in failed:
             assert response["body"]["object"] == ("chat.completion" if key[0] == "c" else "text_completion")
-            assert response["body"]["usage"]["completion_tokens"] == 40
+            assert response["body"]["usage"]["completion_tokens"] == 32
 
     assert main(command[3:]) == 0, "without an engine"
     assert "495 answers and 5 errors" in capsys.readouterr().out
@@ -222,3 +237,44 @@ def test_ray_data_is_missing():
     command = [sys.executable, "-c", code, "--model", "m", "--input", "i", "--output", "o"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (2, "Error: batch jobs need Ray Data: pip install 'rayllm[batch]'\n")
+
+
+async def test_an_engine_that_dies_is_replaced(engine_pool, model_paths, reference, monkeypatch: pytest.MonkeyPatch):
+    """Its request goes on where it was; when it dies too often, the request fails."""
+    engine_pool.make_room(1)
+    source = resolve_model(str(model_paths["llama"]))
+    config = EngineConfig(model=source.path, device="cpu", skip_tokenizer_init=True, **WHOLE)
+    link = RestartingLink(lambda: Engine(config, source, progress=False))
+    client = Client(link, link.engine.config, source.config, tokenizer=None)
+
+    async def answer() -> list[int]:
+        token_ids: list[int] = []
+        async for increment in client.answer([[1, 2, 3]], greedy(100)):
+            if not token_ids:
+                os.kill(link.engine.shard_stats()[0].pid, signal.SIGKILL)
+            token_ids += increment.token_ids
+        return token_ids
+
+    try:
+        reference("llama").check_greedy([[1, 2, 3]], [await answer()], 100)
+        monkeypatch.setattr(deployments.batch, "MAX_RESTARTS", 1)
+        with pytest.raises(EngineDeadError, match="shard 0 died"):
+            await answer()
+    finally:
+        client.close()
+        link.engine.close()
+
+
+def test_slots(engine_pool):
+    """Each process has its own group, the same when it comes back; one that comes back too often is refused."""
+    engine_pool.make_room(2)
+    groups = placement.reserve_all(2, 1, "cpu", placement_timeout_s=30, progress=False)
+    slots = Slots(groups)
+    assert {slots.claim(owner, "elsewhere").id for owner in ("a", "b")} == {group.id for group in groups}
+    first = slots.claim("a", "elsewhere")
+    for _ in range(MAX_RESTARTS - 1):
+        assert slots.claim("a", "elsewhere").id == first.id
+    with pytest.raises(EngineDeadError, match=f"died {MAX_RESTARTS + 1} times"):
+        slots.claim("a", "elsewhere")
+    for group in groups:
+        placement.release(group)
