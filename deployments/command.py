@@ -23,7 +23,7 @@ from deployments.engine import read_progress
 from deployments.openai_api import build
 from rayllm import placement
 from rayllm.config import from_arguments
-from rayllm.errors import EngineDeadError, UsageError
+from rayllm.errors import EngineDeadError, UsageError, named_in
 from rayllm.progress import ProgressBar
 
 APP = "rayllm"
@@ -119,11 +119,8 @@ def _failure(app: Any) -> Exception:
     """The error that ended the start, in one line."""
     messages = [app.message, *(deployment.message for deployment in app.deployments.values())]
     lines = [line.strip() for message in messages for line in message.splitlines()]
-    for kind, error in (("UsageError: ", UsageError), ("EngineDeadError: ", EngineDeadError)):
-        for line in lines:
-            if kind in line:
-                return error(line.rpartition(kind)[2])
-    return EngineDeadError(f"the service failed to start: {lines[-1] if lines else 'see the logs of Ray Serve'}")
+    last = lines[-1] if lines else "see the logs of Ray Serve"
+    return named_in("\n".join(lines)) or EngineDeadError(f"the service failed to start: {last}")
 
 
 def _watch(stopped: threading.Event) -> None:

@@ -38,9 +38,30 @@ class ServedModel(EngineConfig):
     @property
     def name(self) -> str:
         """What requests call it."""
-        if self.served_model_name:
-            return self.served_model_name
-        return self.model.rstrip("/").removesuffix(".gguf").rpartition("/")[2]
+        return self.served_model_name or default_name(self.model)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchConfig(EngineConfig):
+    """The engines of a batch job."""
+
+    served_model_name: str | None = option(None, "the model's name in requests; default: that of its file or folder")
+    num_engines: int = option(1, "number of engines that share the rows")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check(self.num_engines >= 1, "num_engines", "at least 1")
+        self.check(not self.skip_tokenizer_init, "skip_tokenizer_init", "off: a batch job reads and writes text")
+
+    @property
+    def name(self) -> str:
+        """What requests call the model."""
+        return self.served_model_name or default_name(self.model)
+
+
+def default_name(model: str) -> str:
+    """What a model is called in requests, unless the arguments say."""
+    return model.rstrip("/").removesuffix(".gguf").rpartition("/")[2]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +134,6 @@ def read_arguments(arguments: dict[str, Any]) -> tuple[ApiConfig, list[ServedMod
     return api, models
 
 
-def engine_config(model: ServedModel) -> EngineConfig:
-    """The engine's part of a served model's arguments."""
+def engine_config(model: ServedModel | BatchConfig) -> EngineConfig:
+    """The engine's part of these arguments."""
     return EngineConfig(**{name: getattr(model, name) for name in EngineConfig.names()})

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import sys
 import time
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from deployments.config import ApiConfig, ServedModel
@@ -33,22 +34,15 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command; returns the exit code: 0, 1 when the engine failed, 2 when what was asked cannot work."""
+    """Runs one command; returns the exit code."""
     options = _parser().parse_args(arguments)
+    return exit_code(lambda: _run(options))
+
+
+def exit_code(work: Callable[[], None]) -> int:
+    """Does it: 0, 1 when the engine failed, 2 when what was asked cannot work; errors are told in one line."""
     try:
-        if options.command == serve:
-            serve(options)
-            return 0
-        engine = dataclasses.asdict(config.from_arguments(options))
-        params = SamplingParams(
-            **{name: getattr(options, name) for name in SAMPLING_FLAGS}, seed=options.request_seed, stop=options.stop
-        )
-        if options.command == generate and not options.prompt and sys.stdin.isatty():
-            raise UsageError("no prompt: pass --prompt TEXT, or pipe it in")
-        if options.skip_tokenizer_init:
-            raise UsageError("skip_tokenizer_init leaves no way to read or write text here")
-        with LLM(**engine, address=options.address) as llm:
-            options.command(llm, options, params)
+        work()
         return 0
     except UsageError as error:
         print(f"Error: {error}", file=sys.stderr)
@@ -58,6 +52,21 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+
+
+def _run(options: argparse.Namespace) -> None:
+    if options.command == serve:
+        return serve(options)
+    engine = dataclasses.asdict(config.from_arguments(options))
+    params = SamplingParams(
+        **{name: getattr(options, name) for name in SAMPLING_FLAGS}, seed=options.request_seed, stop=options.stop
+    )
+    if options.command == generate and not options.prompt and sys.stdin.isatty():
+        raise UsageError("no prompt: pass --prompt TEXT, or pipe it in")
+    if options.skip_tokenizer_init:
+        raise UsageError("skip_tokenizer_init leaves no way to read or write text here")
+    with LLM(**engine, address=options.address) as llm:
+        options.command(llm, options, params)
 
 
 def generate(llm: LLM, options: argparse.Namespace, params: SamplingParams) -> None:

@@ -136,6 +136,11 @@ class Engine:
             except ray.exceptions.RayError:
                 return  # `started` tells why
 
+    @property
+    def trouble(self) -> str | None:
+        """Why it is dead; None while it is not known to be."""
+        return self._death
+
     def stats(self) -> EngineStats:
         stats: EngineStats = ray.get(self._driver.stats.remote())
         return stats

@@ -98,7 +98,20 @@ def reserve(
     progress: bool = True,
     strategy: str = "STRICT_PACK",
 ) -> PlacementGroup:
-    """A placement group that is ready: bundle i is shard i's, bundle 0 also the driver's.
+    """A placement group that is ready, for one engine: see `reserve_all`."""
+    [group] = reserve_all(1, tensor_parallel_size, device, placement_timeout_s, progress, strategy)
+    return group
+
+
+def reserve_all(
+    num_engines: int,
+    tensor_parallel_size: int,
+    device: Literal["cpu", "cuda"],
+    placement_timeout_s: float,
+    progress: bool = True,
+    strategy: str = "STRICT_PACK",
+) -> list[PlacementGroup]:
+    """One placement group for each engine, all ready: bundle i is shard i's, bundle 0 also the driver's.
 
     STRICT_PACK becomes PACK when no node of the cluster, present or to be added, can ever hold all bundles. Raises
     `UsageError` at once if the cluster can never hold them, and after `placement_timeout_s` seconds if its resources
@@ -107,14 +120,15 @@ def reserve(
     first: Resources = {"CPU": 1, "GPU": 1} if device == "cuda" else {"CPU": 1}
     other: Resources = {"GPU": 1} if device == "cuda" else {"CPU": 1}
     bundles = [first] + [other] * (tensor_parallel_size - 1)
-    strategy = _feasible_strategy(bundles, strategy)
-    group = placement_group(bundles, strategy)
+    strategy = _feasible_strategy(bundles, strategy, num_engines)
+    groups = [placement_group(bundles, strategy) for _ in range(num_engines)]
     try:
-        _wait(group, bundles, placement_timeout_s, progress)
+        _wait(groups, bundles, placement_timeout_s, progress)
     except BaseException:
-        release(group)
+        for group in groups:
+            release(group)
         raise
-    return group
+    return groups
 
 
 def release(group: PlacementGroup) -> None:
@@ -123,27 +137,39 @@ def release(group: PlacementGroup) -> None:
         remove_placement_group(group)
 
 
-def _feasible_strategy(bundles: list[Resources], strategy: str) -> str:
+def _feasible_strategy(bundles: list[Resources], strategy: str, num_engines: int) -> str:
     """`strategy`, or PACK if only that can ever be met; a `UsageError` if nothing can."""
-    nodes = _nodes()
-    if _can_hold(nodes, bundles, strategy):
+    nodes, every = _nodes(), bundles * num_engines
+    if _can_hold(nodes, bundles, strategy) and _can_hold(nodes, every, "PACK"):
         return strategy
-    addable = _addable_nodes(count=len(bundles))
-    if addable is None or _can_hold(nodes + addable, bundles, strategy):
+    addable = _addable_nodes(count=len(every))
+    if addable is None:
         return strategy
-    if not _can_hold(nodes + addable, bundles, "PACK"):
+    if not _can_hold(nodes + addable, every, "PACK"):
         grown = f" and can grow to {_text(_sum(nodes + addable), bundles)}" if addable else " and nothing can add nodes"
         raise UsageError(
-            f"tensor_parallel_size={len(bundles)} needs {_text(_sum(bundles), bundles)}, but the cluster has "
-            f"{_text(_sum(nodes), bundles)}{grown}: lower tensor_parallel_size or add nodes"
+            f"{_cause(bundles, num_engines)} {_text(_sum(every), bundles)}, but the cluster has "
+            f"{_text(_sum(nodes), bundles)}{grown}: {_remedy(num_engines)} or add nodes"
         )
+    if _can_hold(nodes + addable, bundles, strategy):
+        return strategy
     logger.info("no single node can hold %s: the shards span nodes (PACK)", _text(_sum(bundles), bundles))
     return "PACK"
 
 
-def _wait(group: PlacementGroup, bundles: list[Resources], timeout_s: float, progress: bool) -> None:
-    """Returns when `group` has its resources; `UsageError` after `timeout_s`."""
-    needed = _text(_sum(bundles), bundles)
+def _cause(bundles: list[Resources], num_engines: int) -> str:
+    """What needs so much."""
+    size = f"tensor_parallel_size={len(bundles)}"
+    return f"{size} needs" if num_engines == 1 else f"{num_engines} engines of {size} need"
+
+
+def _remedy(num_engines: int) -> str:
+    return f"lower {'num_engines, ' if num_engines > 1 else ''}tensor_parallel_size"
+
+
+def _wait(groups: list[PlacementGroup], bundles: list[Resources], timeout_s: float, progress: bool) -> None:
+    """Returns when the `groups` have their resources; `UsageError` after `timeout_s`."""
+    needed = _text(_sum(bundles * len(groups)), bundles)
     start = time.monotonic()
     with tqdm(
         desc=f"waiting for {needed}",
@@ -154,14 +180,14 @@ def _wait(group: PlacementGroup, bundles: list[Resources], timeout_s: float, pro
         leave=False,
         disable=not progress,
     ) as bar:
-        while not group.wait(min(POLL_S, timeout_s)):
+        while not all(group.wait(min(POLL_S, timeout_s)) for group in groups):
             elapsed = time.monotonic() - start
             free = _text(ray.available_resources(), bundles)
             total = _text(_sum(_nodes()), bundles)
             if elapsed >= timeout_s:
                 raise UsageError(
-                    f"tensor_parallel_size={len(bundles)} needs {needed}, but after {timeout_s:g} s only {free} of "
-                    f"the cluster's {total} are free: lower tensor_parallel_size, free or add resources, or raise "
+                    f"{_cause(bundles, len(groups))} {needed}, but after {timeout_s:g} s only {free} of "
+                    f"the cluster's {total} are free: {_remedy(len(groups))}, free or add resources, or raise "
                     "placement_timeout_s"
                 )
             bar.set_postfix_str(f"{free} of {total} free", refresh=False)

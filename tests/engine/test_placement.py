@@ -118,6 +118,24 @@ class TestLocal:
         assert f"has {gpus} GPU + {cpus} CPU" in message
         assert seconds < 20
 
+    def test_more_engines_than_there_is_room_for(self, cpus):
+        with pytest.raises(UsageError) as refused:
+            placement.reserve_all(cpus, 2, "cpu", placement_timeout_s=100)
+        message = str(refused.value)
+        assert (
+            f"{cpus} engines of tensor_parallel_size=2 need {2 * cpus} CPU, but the cluster has {cpus} CPU" in message
+        )
+        assert "lower num_engines, tensor_parallel_size or add nodes" in message
+
+    def test_several_engines(self, cpus):
+        groups = placement.reserve_all(cpus, 1, "cpu", placement_timeout_s=30)
+        assert [group.bundle_specs for group in groups] == [[{"CPU": 1}]] * cpus
+        with pytest.raises(UsageError, match=rf"{cpus} engines of .* need {cpus} CPU, but after 1 s only 0 CPU"):
+            placement.reserve_all(cpus, 1, "cpu", placement_timeout_s=1, progress=False)
+        for group in groups:
+            placement.release(group)
+        assert states() == {"REMOVED"}
+
     def test_bundles(self, cpus):
         group = placement.reserve(cpus, "cpu", placement_timeout_s=30)
         assert group.bundle_specs == [{"CPU": 1}] * cpus

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import ray
-import transformers
 from ray import serve
 
 from deployments.openai_api import build
@@ -24,31 +23,6 @@ def host() -> Iterator[str]:
     yield f"http://127.0.0.1:{port}"
     serve.shutdown()
     ray.shutdown()
-
-
-@pytest.fixture(scope="package")
-def tiny_text_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of random weights that is quick, with the vocabulary of SmolLM2's tokenizer."""
-    import torch
-
-    config = transformers.LlamaConfig(
-        vocab_size=49152,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=2048,
-        initializer_range=0.3,
-        tie_word_embeddings=True,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    folder = tmp_path_factory.mktemp("tiny-text")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
-    return folder
 
 
 def deployer(host: str) -> Iterator[Callable[..., Service]]:

@@ -1,0 +1,280 @@
+"""`python -m rayllm.batch`, as a user runs it: through `ray job submit` on a cluster with tokens, and refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from engine_testing import WHOLE, eventually, greedy
+
+import deployments.batch
+from deployments.batch import MAX_RESTARTS, RestartingLink, Slots
+from rayllm import placement
+from rayllm.batch import main
+from rayllm.client import Client
+from rayllm.config import EngineConfig
+from rayllm.engine import Engine
+from rayllm.errors import EngineDeadError
+from rayllm.model_source import resolve_model
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+BAD = {
+    3: {"prompt": "a", "max_tokens": 0},
+    77: {"prompt": "a", "colour": "red"},
+    200: "{oops",
+    333: {"messages": [{"role": "nobody", "content": "a"}]},
+    499: {"prompt": "a " * 3000},
+}
+ENGINE = ["--device", "cpu", "--max-num-seqs", "16", "--block-size", "16", "--kv-cache-memory-bytes", str(1 << 24)]
+
+
+class Head:
+    """The head node of a cluster of its own, with tokens and a job server."""
+
+    def __init__(self, folder: Path):
+        with (
+            socket.create_server(("", 0)) as one,
+            socket.create_server(("", 0)) as two,
+            socket.create_server(("", 0)) as three,
+        ):
+            port, dashboard, agent = (server.getsockname()[1] for server in (one, two, three))
+        self.environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        self.environment |= {
+            "PATH": f"{BIN}:{os.environ['PATH']}",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": secrets.token_hex(32),
+            "RAY_ADDRESS": f"http://127.0.0.1:{dashboard}",  # for `ray job`
+        }
+        options = (
+            f"--port={port} --dashboard-port={dashboard} --dashboard-agent-listen-port={agent} "
+            f"--temp-dir={folder} --num-cpus=2 --num-gpus=0 --disable-usage-stats"
+        )
+        self._log = folder / "head.log"
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(
+                [BIN / "ray", "start", "--head", "--block", *options.split()],
+                env={name: value for name, value in self.environment.items() if name != "RAY_ADDRESS"},
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                cwd=folder,  # where jobs start, too: not where rayllm could be imported from
+            )
+        eventually(self._has_started, seconds=60, what="the head node")
+
+    def _has_started(self) -> bool:
+        assert self._process.poll() is None, self._log.read_text()
+        return "Ray runtime started" in self._log.read_text()
+
+    def job(self, *arguments: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [BIN / "ray", "job", *arguments],
+            env=self.environment | (environment or {}),
+            capture_output=True,
+            text=True,
+            timeout=200,
+            cwd=self._log.parent,
+            check=False,
+        )
+
+    def stop(self, job: str) -> None:
+        """What `ray job stop` does, without its start: the job is to be stopped in its middle."""
+        headers = {"Authorization": f"Bearer {self.environment['RAY_AUTH_TOKEN']}"}
+        url = f"{self.environment['RAY_ADDRESS']}/api/jobs/{job}/stop"
+        assert httpx.post(url, headers=headers).raise_for_status().json() == {"stopped": True}
+
+    def processes(self, what: str) -> list[psutil.Process]:
+        """Those of its cluster whose command line fits."""
+        found = []
+        for process in psutil.Process(self._process.pid).children(recursive=True):
+            try:
+                if re.search(what, " ".join(process.cmdline())):
+                    found.append(process)
+            except psutil.NoSuchProcess:
+                continue
+        return found
+
+    def close(self) -> None:
+        family = psutil.Process(self._process.pid).children(recursive=True)
+        os.killpg(self._process.pid, signal.SIGKILL)
+        for process in family:
+            if process.is_running():
+                process.kill()
+        self._process.wait()
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+    head = Head(tmp_path_factory.mktemp("ray"))
+    yield head
+    head.close()
+
+
+def write_rows(path: Path) -> None:
+    rows: list[Any] = []
+    for i in range(500):
+        body = {"max_tokens": 32, "temperature": 0, "ignore_eos": True}
+        if i % 3 == 0:
+            chat = body | {"messages": [{"role": "user", "content": f"Number {i}"}]}
+            rows.append({"custom_id": f"c{i}", "method": "POST", "url": "/v1/chat/completions", "body": chat})
+        else:
+            rows.append(body | {"prompt": f"Number {i}"} | ({"id": f"p{i}"} if i % 3 == 1 else {}))
+    for i, bad in BAD.items():
+        rows[i] = bad
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+
+
+def lines(folder: Path) -> list[str]:
+    return [line for part in sorted(folder.glob("part-*.jsonl")) for line in part.read_text().splitlines()]
+
+
+ENGINE_PROCESSES = r"^ray::(Driver|Shard|MapWorker)"
+
+
+def test_a_job_that_is_killed_stopped_and_continued(
+    head: Head, tiny_text_model: Path, smollm2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """First with the rayllm of the nodes, at last with one that comes with the job."""
+    write_rows(tmp_path / "in.jsonl")
+    out = tmp_path / "out"
+    command = ["python", "-m", "rayllm.batch", "--model", str(tiny_text_model), "--tokenizer", str(smollm2), *ENGINE]
+    command += ["--input", str(tmp_path / "in.jsonl"), "--output", str(out)]
+
+    def submit_and_wait_for_parts(number: int, name: str) -> None:
+        submitted = head.job("submit", "--no-wait", "--submission-id", name, "--", *command)
+        assert submitted.returncode == 0, submitted.stdout + submitted.stderr
+        eventually(lambda: len(list(out.glob("part-*"))) > number, 90, "answers")
+
+    submit_and_wait_for_parts(0, "killed")
+    assert head.processes(ENGINE_PROCESSES)
+    [driver] = head.processes(r"^\S*python\S* -m rayllm\.batch")
+    driver.kill()
+    eventually(lambda: not head.processes(ENGINE_PROCESSES), seconds=20, what="the end of the engine's processes")
+    first = lines(out)
+    assert 0 < len(first) < 500
+
+    submit_and_wait_for_parts(len(list(out.glob("part-*"))), "stopped")
+    head.stop("stopped")
+    eventually(lambda: not head.processes(ENGINE_PROCESSES), seconds=20, what="the end of the engine's processes")
+    second = lines(out)
+    assert len(first) < len(second) < 500
+    assert second[: len(first)] == first
+
+    modules = [str(ROOT / folder) for folder in ("rayllm", "deployments", "kernels/rayllm_kernels")]
+    runtime_env = json.dumps({"py_modules": modules})
+    show = "import rayllm, deployments, rayllm_kernels as k; print(rayllm.__file__, deployments.__file__, k.__file__)"
+    both = f"python -c '{show}' && exec {' '.join(command)}"
+    done = head.job("submit", "--runtime-env-json", runtime_env, "--", "bash", "-c", both)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("py_modules_files") == 3
+    assert "495 answers and 5 errors" in done.stdout
+    third = lines(out)
+    assert third[: len(second)] == second
+
+    answers = {answer["custom_id"]: answer for answer in map(json.loads, third)}
+    assert len(third) == len(answers) == 500
+    places = {i: f"c{i}" if i % 3 == 0 else f"p{i}" if i % 3 == 1 else f"in.jsonl:{i + 1}" for i in range(500)}
+    assert set(answers) == {f"in.jsonl:{i + 1}" if i in BAD else place for i, place in places.items()}
+    failed = {key: answer["error"]["message"] for key, answer in answers.items() if answer["error"]}
+    assert set(failed) == {f"in.jsonl:{i + 1}" for i in BAD}
+    assert "max_tokens" in failed["in.jsonl:4"]
+    assert "colour is not supported" in failed["in.jsonl:78"]
+    assert "not valid JSON" in failed["in.jsonl:201"]
+    assert "at most 2047 leave room" in failed["in.jsonl:500"]
+    for key, answer in answers.items():
+        response = answer["response"]
+        assert response["status_code"] == (400 if key in failed else 200)
+        if key not in failed:
+            assert response["body"]["object"] == ("chat.completion" if key[0] == "c" else "text_completion")
+            assert response["body"]["usage"]["completion_tokens"] == 32
+
+    assert main(command[3:]) == 0, "without an engine"
+    assert "495 answers and 5 errors" in capsys.readouterr().out
+    assert lines(out) == third
+
+
+def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line on stderr with which the command fails, exit code 2."""
+    try:
+        code = main(list(arguments))
+    except SystemExit as end:
+        code = end.code
+    err = capsys.readouterr().err.rpartition("\r")[2]
+    assert code == 2
+    assert err.startswith("Error: ")
+    assert err.count("\n") == 1
+    return err
+
+
+def test_refusals(capsys: pytest.CaptureFixture[str], tiny_text_model: Path, smollm2: Path, tmp_path: Path):
+    """Before Ray is started."""
+    file = tmp_path / "in.jsonl"
+    file.write_text('{"id": "a", "prompt": "a"}\n{"id": "a", "prompt": "b"}\n')
+    common = ["--input", str(file), "--output", str(tmp_path / "out"), "--tokenizer", str(smollm2)]
+    model = ["--model", str(tiny_text_model)]
+    assert "required: --model" in error_of(capsys, *common)
+    assert "no model at 'nowhere'" in error_of(capsys, *common, "--model", "nowhere")
+    assert "no input at 'nowhere*'" in error_of(capsys, *common, *model, "--input", "nowhere*")
+    assert "num_engines must be at least 1" in error_of(capsys, *common, *model, "--num-engines", "0")
+    assert "'a' stands twice: see in.jsonl" in error_of(capsys, *common, *model)
+    assert "is no output of a batch job" in error_of(capsys, *common, *model, "--output", str(tmp_path))
+
+
+def test_ray_data_is_missing():
+    code = "import sys; sys.modules['pyarrow'] = None; from rayllm.batch import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "--model", "m", "--input", "i", "--output", "o"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (2, "Error: batch jobs need Ray Data: pip install 'rayllm[batch]'\n")
+
+
+async def test_an_engine_that_dies_is_replaced(engine_pool, model_paths, reference, monkeypatch: pytest.MonkeyPatch):
+    """Its request goes on where it was; when it dies too often, the request fails."""
+    engine_pool.make_room(1)
+    source = resolve_model(str(model_paths["llama"]))
+    config = EngineConfig(model=source.path, device="cpu", skip_tokenizer_init=True, **WHOLE)
+    link = RestartingLink(lambda: Engine(config, source, progress=False))
+    client = Client(link, link.engine.config, source.config, tokenizer=None)
+
+    async def answer() -> list[int]:
+        token_ids: list[int] = []
+        async for increment in client.answer([[1, 2, 3]], greedy(100)):
+            if not token_ids:
+                os.kill(link.engine.shard_stats()[0].pid, signal.SIGKILL)
+            token_ids += increment.token_ids
+        return token_ids
+
+    try:
+        reference("llama").check_greedy([[1, 2, 3]], [await answer()], 100)
+        monkeypatch.setattr(deployments.batch, "MAX_RESTARTS", 1)
+        with pytest.raises(EngineDeadError, match="shard 0 died"):
+            await answer()
+    finally:
+        client.close()
+        link.engine.close()
+
+
+def test_slots(engine_pool):
+    """Each process has its own group, the same when it comes back; one that comes back too often is refused."""
+    engine_pool.make_room(2)
+    groups = placement.reserve_all(2, 1, "cpu", placement_timeout_s=30, progress=False)
+    slots = Slots(groups)
+    assert {slots.claim(owner, "elsewhere").id for owner in ("a", "b")} == {group.id for group in groups}
+    first = slots.claim("a", "elsewhere")
+    for _ in range(MAX_RESTARTS - 1):
+        assert slots.claim("a", "elsewhere").id == first.id
+    with pytest.raises(EngineDeadError, match=f"died {MAX_RESTARTS + 1} times"):
+        slots.claim("a", "elsewhere")
+    for group in groups:
+        placement.release(group)
