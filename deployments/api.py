@@ -42,7 +42,8 @@ class ApiReplica:
         served = []
         for (model, source), engine in zip(models, engines, strict=True):
             link = self._links[model.name] = ServeLink(engine, config.recovery_timeout_s)
-            tokenizer = await asyncio.to_thread(load_tokenizer, model, source)
+            here = await asyncio.to_thread(source.on_this_node, weights=False)
+            tokenizer = await asyncio.to_thread(load_tokenizer, model, here)
             assert tokenizer is not None
             client = Client(link, model, source.config, tokenizer, local_host())
             served.append(Model(model.name, client, tokenizer, link, int(time.time())))

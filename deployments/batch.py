@@ -184,7 +184,7 @@ class BatchEngine:
             )
 
         link = RestartingLink(start)
-        tokenizer = load_tokenizer(config, source)
+        tokenizer = load_tokenizer(config, source.on_this_node(weights=False))
         assert tokenizer is not None
         client = Client(link, link.engine.config, source.config, tokenizer, link.engine.host)
         self._model = config.name

@@ -71,7 +71,7 @@ class EngineConfig(Options):
     Fields that are None are chosen once the model and the device are known, see `resolved`.
     """
 
-    model: str = option("", "a model folder, a .gguf file, a Hub id, or with load_format=dummy a config.json")
+    model: str = option("", "a folder, a .gguf file, a Hub id, a URL (s3://…), or with load_format=dummy a config.json")
     tokenizer: str | None = option(None, "tokenizer folder or Hub id; default: the model's own")
     skip_tokenizer_init: bool = option(False, "token ids in, token ids out; no tokenizer is loaded")
     load_format: Literal["auto", "dummy"] = option("auto", "dummy: random weights, only a config is read")

@@ -69,13 +69,15 @@ class Shard:
         config = self.config
         gpu_ids = [str(gpu) for gpu in ray.get_gpu_ids()]
         self.device = open_device(config.device, gpu_ids, config.tensor_parallel_size)
+        self._tracker.stage("looking for the model")
+        source = self.source.on_this_node(weights=True, track=self._tracker.track)
         self._tracker.stage("joining ranks")
         assert config.max_num_batched_tokens is not None
-        numbers = config.max_num_batched_tokens * self.source.config.hidden_size
+        numbers = config.max_num_batched_tokens * source.config.hidden_size
         node_id = ray.get_runtime_context().get_node_id()
         shared = numbers, DTYPES[config.dtype]
         tp = parallel.join(self.rank, config.tensor_parallel_size, store, self.device, node_id, shared)
-        self.runner = ModelRunner(config, self.source, tp, self.device)
+        self.runner = ModelRunner(config, source, tp, self.device)
         self.bytes_read = self.runner.load(self._tracker.track)
         self._tracker.stage("measuring memory")
         return self.runner.count_blocks()

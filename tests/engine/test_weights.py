@@ -1,15 +1,20 @@
 """What each rank reads of a checkpoint, and what is refused."""
 
+import dataclasses
 import json
 import random
+import shutil
+from pathlib import Path
 
 import gguf
 import huggingface_hub
 import numpy as np
 import pytest
 import torch
+from engine_testing import WHOLE, greedy
 from safetensors.torch import save_file
 
+from rayllm import LLM, bucket
 from rayllm.errors import UsageError
 from rayllm.gguf_index import converted
 from rayllm.model_source import resolve_model
@@ -257,3 +262,28 @@ def test_models_that_are_not_there(tmp_path, monkeypatch):
             resolve_model(str(model), load_format)
         assert "\n" not in str(refused.value)
     assert resolve_model(str(pickled), "dummy").format == "dummy"
+
+
+def test_a_model_behind_a_url(engine_pool, tiny_models: dict[str, Path], reference):
+    """Whoever starts the engine fetches what is small, the shards the weights, to where their node keeps them."""
+    url = tiny_models["llama"].as_uri()
+    engine_pool.make_room(2)
+    copy = bucket.folder_of(url)
+    try:
+        source = resolve_model(url, progress=False)
+        assert not list(copy.glob("*.safetensors"))
+        assert source.config == resolve_model(str(tiny_models["llama"])).config
+        arguments = {"device": "cpu", "skip_tokenizer_init": True, "tensor_parallel_size": 2, "progress": False}
+        with LLM(url, **arguments, **WHOLE) as llm:
+            [result] = llm.generate([[1, 2, 3]], greedy(16), use_tqdm=False)
+        assert list(copy.glob("*.safetensors"))
+        reference("llama").check_greedy([[1, 2, 3]], [result["token_ids"]], 16)
+    finally:
+        shutil.rmtree(copy, ignore_errors=True)
+
+
+def test_a_path_that_a_node_lacks(tmp_path: Path, tiny_models: dict[str, Path]):
+    source = resolve_model(str(tiny_models["llama"]))
+    assert source.on_this_node(weights=True) == source
+    with pytest.raises(UsageError, match=r"is not on this node: give a path that all nodes share, a Hub id or a URL"):
+        dataclasses.replace(source, path=str(tmp_path / "elsewhere")).on_this_node(weights=True)
