@@ -75,10 +75,11 @@ class StepGraphs:
         no_rows = Rows(empty, empty, empty, empty, samples=empty > 0, num_decodes=0)
         pool = torch.cuda.graph_pool_handle()
         stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())  # which may still be filling lanes and KV cache
         for shape in track(largest_first, "capturing CUDA graphs"):
-            self._packed[: sum(shape.sections)] = device.put(pack(no_rows, shape, lanes.padding))
             with torch.cuda.stream(stream):
                 inputs = self._packed[: sum(shape.sections)]
+                inputs.copy_(device.put(pack(no_rows, shape, lanes.padding)))
                 output = forward(unpack(inputs, shape, lanes))  # compiles; libraries allocate outside the graph
                 if not self._graphs:  # the largest shape comes first: the others' results fit into its tensors
                     shared = output
