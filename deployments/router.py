@@ -42,7 +42,8 @@ class Policy:
     is hashed to.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, max_remembered: int = MAX_REMEMBERED) -> None:
+        self._max_remembered = max_remembered
         self._blocks: defaultdict[str, OrderedDict[bytes, None]] = defaultdict(OrderedDict)
         self._sessions: OrderedDict[bytes, str] = OrderedDict()
 
@@ -52,9 +53,11 @@ class Policy:
         key = xxhash.xxh3_128_digest(session.encode()) if session else None
         shares = {self._home_of_session(key, loads): 1.0} if key else self._shares(hashes, loads)
         chosen = min(loads, key=lambda engine: loads[engine] - margin * shares.get(engine, 0))
-        _remember(self._blocks[chosen], dict.fromkeys(reversed(hashes)))  # a prompt's last blocks are forgotten first
+        self._remember(
+            self._blocks[chosen], dict.fromkeys(reversed(hashes))
+        )  # a prompt's last blocks are forgotten first
         if key:
-            _remember(self._sessions, {key: chosen})
+            self._remember(self._sessions, {key: chosen})
         return chosen
 
     def forget_others(self, engines: Collection[str]) -> None:
@@ -79,6 +82,14 @@ class Policy:
         last = self._sessions.get(key, "")
         return last if last in engines else _home(key, engines)
 
+    def _remember(self, memory: OrderedDict[bytes, Any], new: dict[bytes, Any]) -> None:
+        """Puts `new` last in a memory that forgets what is first."""
+        for key, value in new.items():
+            memory[key] = value
+            memory.move_to_end(key)
+        while len(memory) > self._max_remembered:
+            memory.popitem(last=False)
+
 
 def _depth(hashes: Sequence[bytes], blocks: Collection[bytes]) -> int:
     """How many leading ones of `hashes` are among `blocks`."""
@@ -88,15 +99,6 @@ def _depth(hashes: Sequence[bytes], blocks: Collection[bytes]) -> int:
 def _home(key: bytes, engines: Iterable[str]) -> str:
     """Rendezvous hashing: the same in every process, and an engine that comes or goes moves only its own keys."""
     return max(engines, key=lambda engine: xxhash.xxh3_64_intdigest(key + engine.encode()))
-
-
-def _remember(memory: OrderedDict[bytes, Any], new: dict[bytes, Any]) -> None:
-    """Puts `new` last in a memory that forgets what is first."""
-    for key, value in new.items():
-        memory[key] = value
-        memory.move_to_end(key)
-    while len(memory) > MAX_REMEMBERED:
-        memory.popitem(last=False)
 
 
 def hashes_of(sequence: NewSequence, block_size: int) -> list[bytes]:

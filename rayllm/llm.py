@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import threading
 import time
 import weakref
@@ -117,26 +118,46 @@ class LLM:
         return choices[0] | ({"choices": choices} if params.n > 1 else {})
 
     def _run(self, work: Callable[[], Awaitable[T]]) -> T:
-        """Runs it on the engine's loop; cancels it, so that its requests are aborted, if this thread is interrupted."""
+        """Runs it on the engine's loop; cancels it, so that its requests are aborted, if this thread is interrupted.
 
-        ended = threading.Event()
+        An interrupt may come anywhere, also in the midst of handing work to the loop.
+        """
+        result: concurrent.futures.Future[T] = concurrent.futures.Future()
+        tasks: list[asyncio.Task[T]] = []
 
         async def run() -> T:
-            try:
-                return await work()
-            finally:
-                ended.set()
+            return await work()
+
+        def start() -> None:
+            tasks.append(self._loop.create_task(run()))
+            tasks[0].add_done_callback(finish)
+
+        def finish(task: asyncio.Task[T]) -> None:
+            if task.cancelled():
+                result.cancel()
+            elif error := task.exception():
+                result.set_exception(error)
+            else:
+                result.set_result(task.result())
+
+        def cancel() -> None:
+            if tasks:
+                tasks[0].cancel()
+            else:
+                result.cancel()
 
         if self._loop.is_closed():
             raise EngineDeadError("the engine was closed")
-        future = asyncio.run_coroutine_threadsafe(run(), self._loop)
         try:
-            return future.result()
+            self._loop.call_soon_threadsafe(start)
+            return result.result()
         except BaseExceptionGroup as group:
             raise group.exceptions[0] from None
         except BaseException:
-            future.cancel()
-            ended.wait(timeout=CANCEL_TIMEOUT_S)  # until then a generator that is still running cannot be closed
+            if not result.done():
+                self._loop.call_soon_threadsafe(cancel)
+                # until it has ended, a generator that it runs cannot be closed
+                concurrent.futures.wait([result], CANCEL_TIMEOUT_S)
             raise
 
 

@@ -123,7 +123,10 @@ class Terminal:
         while end.encode() not in self._output:
             ready, _, _ = select.select([self._master], [], [], max(0, deadline - time.monotonic()))
             assert ready, f"waited {timeout_s} s for {end!r} after {self._output.decode()}"
-            self._output += os.read(self._master, 4096)
+            try:
+                self._output += os.read(self._master, 4096)
+            except OSError:
+                pytest.fail(f"it ended instead of showing {end!r}, after {self._output.decode()}")
         shown, _, self._output = self._output.partition(end.encode())
         return (shown + end.encode()).decode().replace("\r\n", "\n")
 

@@ -7,8 +7,7 @@ from collections import Counter
 
 import pytest
 
-from deployments import router
-from deployments.router import MARGIN, Policy, hashes_of
+from deployments.router import MARGIN, Policy, _depth, hashes_of
 from rayllm.block_manager import BlockManager
 from rayllm.sampling_params import SamplingParams
 from rayllm.sequence import Sequence
@@ -58,7 +57,7 @@ def test_a_part_counts_as_a_part(rng: random.Random):
     first = policy.choose(IDLE, system)
     longer = prompt(rng, 6, after=system)
     policy.choose(busy(first, 50), system)
-    second = next(engine for engine in "abc" if engine != first and router._depth(system, policy._blocks[engine]))
+    second = next(engine for engine in "abc" if engine != first and _depth(system, policy._blocks[engine]))
     conversation = policy.choose(IDLE, longer)
     assert conversation in (first, second), "both have the beginning"
     assert policy.choose(busy(conversation, MARGIN // 2), longer) == conversation
@@ -105,11 +104,10 @@ def test_without_a_full_block_the_least_busy_is_taken():
     assert Policy().choose({"a": 2, "b": 1, "c": 3}, []) == "b"
 
 
-def test_memory_is_bounded(rng: random.Random, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(router, "MAX_REMEMBERED", 20)
-    policy, last = Policy(), prompt(rng, 8)
+def test_memory_is_bounded(rng: random.Random):
+    policy, last = Policy(max_remembered=20), prompt(rng, 8)
     for i in range(50):
         policy.choose({"a": 0}, prompt(rng, 8), str(i))
     policy.choose({"a": 0}, last)
     assert len(policy._blocks["a"]) == len(policy._sessions) == 20
-    assert router._depth(last, policy._blocks["a"]) == 8
+    assert _depth(last, policy._blocks["a"]) == 8
