@@ -118,7 +118,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
 def write_rows(path: Path) -> None:
     rows: list[Any] = []
     for i in range(500):
-        body = {"max_tokens": 32, "temperature": 0, "ignore_eos": True}
+        body = {"max_tokens": 10, "temperature": 0, "ignore_eos": True}
         if i % 3 == 0:
             chat = body | {"messages": [{"role": "user", "content": f"Number {i}"}]}
             rows.append({"custom_id": f"c{i}", "method": "POST", "url": "/v1/chat/completions", "body": chat})
@@ -181,7 +181,7 @@ def test_a_job_that_is_killed_and_continued(
         assert response["status_code"] == (400 if key in failed else 200)
         if key not in failed:
             assert response["body"]["object"] == ("chat.completion" if key[0] == "c" else "text_completion")
-            assert response["body"]["usage"]["completion_tokens"] == 32
+            assert response["body"]["usage"]["completion_tokens"] == 10
 
     assert main(command[3:]) == 0, "without an engine"
     assert "495 answers and 5 errors" in capsys.readouterr().out
