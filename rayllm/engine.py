@@ -124,6 +124,10 @@ class Engine:
             cause = cause.cause
         if isinstance(cause, UsageError | EngineDeadError):
             return cause
+        if isinstance(cause, ray.exceptions.RayActorError):
+            return EngineDeadError(
+                "the engine failed to start: a shard died; Ray's logs on its node (worker-*.err) say why"
+            )
         return EngineDeadError(f"the engine failed to start: {type(cause).__name__}: {cause}".splitlines()[0])
 
     def _follow(self, started: ray.ObjectRef, report: Callable[[Progress], None]) -> None:

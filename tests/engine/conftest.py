@@ -38,7 +38,7 @@ class EnginePool:
     def __init__(self, model_paths: dict[str, Path]):
         self._model_paths = model_paths
         self._engines: dict[tuple[Any, ...], LLM] = {}
-        self._num_cpus = int(ray.cluster_resources()["CPU"])
+        self.num_cpus = int(ray.cluster_resources()["CPU"])
 
     def get(self, model: str, tensor_parallel_size: int = 1, **arguments: Any) -> LLM:
         key = (tensor_parallel_size, model, *sorted(arguments.items()))
@@ -63,7 +63,7 @@ class EnginePool:
 
     @property
     def num_free_cpus(self) -> int:
-        return self._num_cpus - sum(size for size, *_ in self._engines)
+        return self.num_cpus - sum(size for size, *_ in self._engines)
 
 
 @pytest.fixture(scope="session")

@@ -14,10 +14,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from engine_testing import TIGHT, WHOLE, eventually, greedy, is_alive, pids_of, stats_of, tokens_of
 
 from rayllm import LLM, EngineDeadError
+from rayllm.config import EngineConfig
+from rayllm.engine import Engine
+from rayllm.model_source import resolve_model
 
 ARGUMENTS: dict[str, Any] = WHOLE | {"device": "cpu", "skip_tokenizer_init": True, "progress": False}
 
@@ -250,3 +254,17 @@ def test_a_killed_user_of_a_cluster_takes_its_engine_with_it(engine_pool, ray_cl
     assert all(map(is_alive, pids))
     script.kill()
     eventually(lambda: not any(map(is_alive, pids)), seconds=10, what="the processes' end")
+
+
+def test_a_shard_that_dies_while_it_starts(engine_pool, model_paths: dict[str, Path]):
+    engine_pool.make_room(engine_pool.num_cpus)
+    source = resolve_model(str(model_paths["llama"]))
+    config = EngineConfig(model=source.path, device="cpu", skip_tokenizer_init=True, **WHOLE)
+
+    def kill(_: object) -> None:
+        for process in psutil.process_iter(["cmdline"]):
+            if process.info["cmdline"] and process.info["cmdline"][0] == "ray::Shard.load":
+                process.kill()
+
+    with pytest.raises(EngineDeadError, match="failed to start: a shard died; Ray's logs"):
+        Engine(config, source, progress=False, report=kill)
