@@ -204,7 +204,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Answers all rows of files; started again, those that have no answer yet.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--model", required=True, help="a model folder, a .gguf file or a Hub id")
+    parser.add_argument("--model", required=True, help="a model folder, a .gguf file, a Hub id or a URL")
     parser.add_argument(
         "--input", required=True, help="a .jsonl or .parquet file, a folder of such, or a quoted glob; see the README"
     )

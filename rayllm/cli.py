@@ -139,7 +139,7 @@ def _parser() -> argparse.ArgumentParser:
             function.__name__, help=summary, description=summary, formatter_class=argparse.ArgumentDefaultsHelpFormatter
         )
         sub.set_defaults(command=function)
-        sub.add_argument("model", help="a model folder, a .gguf file or a Hub id")
+        sub.add_argument("model", help="a model folder, a .gguf file, a Hub id or a URL")
         if function is serve:
             service = sub.add_argument_group("service")
             _flag(service, "host", default="127.0.0.1", help="where to listen; 0.0.0.0 opens it to the network")
