@@ -4,7 +4,7 @@ VENV := .venv
 MODEL := .cache/SmolLM2-135M-Instruct.Q4_1.gguf
 PROMPT ?= Explain in two sentences why the sky is blue.
 
-.PHONY: demo test check model install clean
+.PHONY: demo test test-all check model install clean
 .DELETE_ON_ERROR:
 
 demo: install model
@@ -13,6 +13,10 @@ demo: export PROMPT := $(PROMPT)
 
 test: install model check
 	$(VENV)/bin/python -m pytest
+
+# with those that take most of a minute each
+test-all: install model check
+	$(VENV)/bin/python -m pytest -m "not gpu"
 
 check: install
 	$(VENV)/bin/ruff check .

@@ -20,7 +20,8 @@ class ServedModel(EngineConfig):
         None, "choices that each engine has when there are enough engines; default: three quarters of max_num_seqs"
     )
     prefix_routing: bool = option(
-        True, "several engines: choices go where their prompt's beginning, or session, was last, unless that is busier"
+        True,
+        "several engines: choices go where their prompt's beginning was, or their session belongs, unless busier",
     )
     max_queued_requests: int = option(1024, "choices that may wait beyond the max_num_seqs that run; then 429")
     max_queued_tokens: int | None = option(

@@ -8,7 +8,6 @@ import random
 import time
 from collections import OrderedDict, defaultdict
 from collections.abc import Collection, Iterable, Sequence
-from typing import Any
 
 import xxhash
 from ray.serve.request_router import FIFOMixin, PendingRequest, RequestRouter, RunningReplica
@@ -26,7 +25,7 @@ MAX_EXCESS = 1.25
 MAX_BLOCKS = 256
 """Of a prompt that are looked at."""
 MAX_REMEMBERED = 32768
-"""Blocks of each engine, and sessions."""
+"""Blocks of each engine."""
 REFRESH_S = 1.0
 """What other processes send to an engine is learned with an own request's answer, or by asking this often."""
 
@@ -38,26 +37,19 @@ class Policy:
     that is cached there, are least. What follows a prompt's longest known prefix counts as cached on one engine, its
     home: of those that have the prefix and no more than their part of all blocks so far, the one that its first block
     is hashed to. So processes that know nothing of each other send what is new to the same engine, but for few. Of a
-    request with a session, the session stands for all blocks: its home is where it went last or else, again, where it
-    is hashed to.
+    request with a session, the session stands for all blocks, and its home is where it is hashed to.
     """
 
     def __init__(self, max_remembered: int = MAX_REMEMBERED) -> None:
         self._max_remembered = max_remembered
         self._blocks: defaultdict[str, OrderedDict[bytes, None]] = defaultdict(OrderedDict)
-        self._sessions: OrderedDict[bytes, str] = OrderedDict()
 
     def choose(self, loads: dict[str, int], hashes: Sequence[bytes], session: str = "") -> str:
         """The engine for a prompt of these hashes, of those in `loads`; equally good ones in their order."""
         margin = max(MARGIN, SHARE_OF_MEAN * sum(loads.values()) / len(loads))
-        key = xxhash.xxh3_128_digest(session.encode()) if session else None
-        shares = {self._home_of_session(key, loads): 1.0} if key else self._shares(hashes, loads)
+        shares = {_home(session.encode(), loads): 1.0} if session else self._shares(hashes, loads)
         chosen = min(loads, key=lambda engine: loads[engine] - margin * shares.get(engine, 0))
-        self._remember(
-            self._blocks[chosen], dict.fromkeys(reversed(hashes))
-        )  # a prompt's last blocks are forgotten first
-        if key:
-            self._remember(self._sessions, {key: chosen})
+        self._remember(self._blocks[chosen], hashes)
         return chosen
 
     def forget_others(self, engines: Collection[str]) -> None:
@@ -78,14 +70,10 @@ class Policy:
             depths[home] = len(hashes)
         return {engine: depth / len(hashes) for engine, depth in depths.items()}
 
-    def _home_of_session(self, key: bytes, engines: Collection[str]) -> str:
-        last = self._sessions.get(key, "")
-        return last if last in engines else _home(key, engines)
-
-    def _remember(self, memory: OrderedDict[bytes, Any], new: dict[bytes, Any]) -> None:
-        """Puts `new` last in a memory that forgets what is first."""
-        for key, value in new.items():
-            memory[key] = value
+    def _remember(self, memory: OrderedDict[bytes, None], hashes: Sequence[bytes]) -> None:
+        """Puts a prompt's blocks last, its last ones before its first, in a memory that forgets what is first."""
+        for key in reversed(hashes):
+            memory[key] = None
             memory.move_to_end(key)
         while len(memory) > self._max_remembered:
             memory.popitem(last=False)
@@ -127,13 +115,13 @@ class PrefixRouter(FIFOMixin, RequestRouter):
             return [replicas]
         pending_request.routing_context.should_backoff = True
         try:
+            await self._refresh(replicas)
             return [[self._choose(replicas, pending_request)], replicas]
         except Exception:  # Serve would drop the request
             logger.exception("routing by prefix failed: the least busy engine is taken")
             return [replicas]
 
     def _choose(self, replicas: list[RunningReplica], request: PendingRequest) -> RunningReplica:
-        self._refresh(replicas)
         by_name = {replica.replica_id.unique_id: replica for replica in replicas}
         loads = {name: self.replica_queue_len_cache.get(r.replica_id) or 0 for name, r in by_name.items()}
         sequence = next((argument for argument in request.args if isinstance(argument, NewSequence)), None)
@@ -146,14 +134,17 @@ class PrefixRouter(FIFOMixin, RequestRouter):
         super().update_replicas(replicas)
         self._policy.forget_others([replica.replica_id.unique_id for replica in replicas])
 
-    def _refresh(self, replicas: list[RunningReplica]) -> None:
-        """Asks the engines how many requests they have, if that was not done lately."""
-        if time.monotonic() - self._refreshed < REFRESH_S:
+    async def _refresh(self, replicas: list[RunningReplica]) -> None:
+        """Asks the engines how many requests they have, if that was not done lately; after a pause, waits for it."""
+        age = time.monotonic() - self._refreshed
+        if age < REFRESH_S:
             return
-        self._refreshed = time.monotonic()
+        self._refreshed += age
 
         async def ask(replica: RunningReplica) -> None:
             number = await asyncio.wait_for(replica.get_queue_len(deadline_s=REFRESH_S), REFRESH_S)
             self.on_new_queue_len_info(replica.replica_id, number)
 
         self._asking = asyncio.gather(*map(ask, replicas), return_exceptions=True)
+        if age > 2 * REFRESH_S:
+            await self._asking

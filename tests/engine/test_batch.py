@@ -136,6 +136,7 @@ def lines(folder: Path) -> list[str]:
 ENGINE_PROCESSES = r"^ray::(Driver|Shard|MapWorker)"
 
 
+@pytest.mark.slow
 def test_a_job_that_is_killed_and_continued(
     head: Head, tiny_text_model: Path, smollm2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

@@ -18,6 +18,7 @@ from ray import serve
 
 from deployments.config import ApiConfig, ServedModel
 from deployments.engine import engine_deployment
+from deployments.router import REFRESH_S
 from rayllm.errors import UsageError
 from rayllm.model_source import resolve_model
 from serve.serve_testing import Service
@@ -82,6 +83,7 @@ def shares(before: Counter[str], after: Counter[str]) -> list[float]:
     return sorted((risen[engine] / risen.total() for engine in after), reverse=True)
 
 
+@pytest.mark.slow
 def test_engines_come_and_go_with_the_load(deploy, engine: dict[str, Any], rng: random.Random):
     """From one to two and back under requests that never fail, and so do the processes that serve HTTP."""
     service = deploy(
@@ -164,6 +166,7 @@ def test_a_hot_prefix_spills_over(pair: Service, rng: random.Random):
 
 def test_sessions_keep_to_their_engine(pair: Service, rng: random.Random):
     """Whatever they ask, over HTTP or a handle, and whichever process serves them."""
+    time.sleep(2 * REFRESH_S)  # the load of the test before is forgotten
     handle = serve.get_app_handle("pair")
     engines = set()
     for session in ("alice", "bob", "carol", "dave", "erin", "frank", "grace", "heidi"):

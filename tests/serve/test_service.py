@@ -211,6 +211,7 @@ def test_rayllm_serve_until_sigterm(command, tiny_text_model: Path, smollm2: Pat
     assert "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_rayllm_serve_refuses_in_one_line(command, tiny: Service, tiny_text_model: Path, smollm2: Path):
     taken = tiny.url.rpartition(":")[2].split("/")[0]
     common = [str(tiny_text_model), "--tokenizer", str(smollm2), "--device", "cpu"]

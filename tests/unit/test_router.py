@@ -97,7 +97,7 @@ def test_sessions(rng: random.Random):
     assert policy.choose(busy(home, MARGIN - 1), prompt(rng, 4), "7") == home
     elsewhere = policy.choose(busy(home, MARGIN + 1), prompt(rng, 4), "7")
     assert elsewhere != home
-    assert policy.choose(IDLE, prompt(rng, 4), "7") == elsewhere, "its cache is there now"
+    assert policy.choose(IDLE, prompt(rng, 4), "7") == home
 
 
 def test_without_a_full_block_the_least_busy_is_taken():
@@ -106,8 +106,8 @@ def test_without_a_full_block_the_least_busy_is_taken():
 
 def test_memory_is_bounded(rng: random.Random):
     policy, last = Policy(max_remembered=20), prompt(rng, 8)
-    for i in range(50):
-        policy.choose({"a": 0}, prompt(rng, 8), str(i))
+    for _ in range(50):
+        policy.choose({"a": 0}, prompt(rng, 8))
     policy.choose({"a": 0}, last)
-    assert len(policy._blocks["a"]) == len(policy._sessions) == 20
+    assert len(policy._blocks["a"]) == 20
     assert _depth(last, policy._blocks["a"]) == 8
