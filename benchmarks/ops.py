@@ -156,6 +156,7 @@ def bench_pruning(prompts: int, kv_len: int, heads: int, weights: float) -> None
         chunk = (queries, k_cache, v_cache, tables[:1], starts, length, tokens, end, SCALE)
         return microseconds(lambda: prefill_attention(*chunk), repeats=3)
 
+    # the chunks that are whole: the share comes out a little too large
     attention = sum(prefill_chunk(end) for end in range(tokens, kv_len + 1, tokens))
     prefill = prompts * (attention + 2 * weights * kv_len / 700e6)
     total = sum(parts.values())

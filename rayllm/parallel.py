@@ -66,8 +66,8 @@ def join(
     size: int,
     store: tuple[str, int] | None,
     device: Device,
-    node_id: str = "",
-    shared: tuple[int, torch.dtype] = (0, torch.float32),
+    node_id: str,
+    shared: tuple[int, torch.dtype],
 ) -> TensorParallel:
     """Joins the process group at `store` (host and port); a group of one needs none.
 

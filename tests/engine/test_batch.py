@@ -77,10 +77,10 @@ class Head:
         assert self._process.poll() is None, self._log.read_text()
         return "Ray runtime started" in self._log.read_text()
 
-    def job(self, *arguments: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    def job(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [BIN / "ray", "job", *arguments],
-            env=self.environment | (environment or {}),
+            env=self.environment,
             capture_output=True,
             text=True,
             timeout=200,
