@@ -11,6 +11,7 @@ import socket
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import ray
@@ -20,7 +21,7 @@ from ray.serve.schema import ApplicationStatus
 from deployments.api import API
 from deployments.config import ApiConfig, ServedModel
 from deployments.engine import read_progress
-from deployments.openai_api import build
+from deployments.openai_api import bind, find_models
 from rayllm import placement
 from rayllm.config import from_arguments
 from rayllm.errors import EngineDeadError, UsageError, named_in
@@ -44,14 +45,15 @@ def run(options: argparse.Namespace) -> None:
     # A Ray that is started here runs Serve with fewer threads and hops, and with its logs in files only. This process
     # has imported Serve before: its own handles are to work without an event loop.
     os.environ.setdefault("RAY_SERVE_THROUGHPUT_OPTIMIZED", "1")
+    arguments = {name: getattr(part, name) for part in (config, model) for name in part.names()}
+    found = ThreadPoolExecutor(1).submit(find_models, arguments)  # takes seconds, as does Ray
     started_ray = placement.connect(options.address, min_cpus=num_shards)
     stopped = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):  # after Ray, which sets its own
         signal.signal(number, lambda *_: stopped.set())
     try:
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
-        arguments = {name: getattr(part, name) for part in (config, model) for name in part.names()}
-        app = build(arguments)
+        app = bind(*found.result())
         _start_serve(options.host, options.port)
         serve.run_many([serve.RunTarget(app, name=APP, route_prefix="/")], wait_for_applications_running=False)
         started = time.monotonic()

@@ -7,7 +7,6 @@ import logging
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any
 
 import msgspec
@@ -19,6 +18,7 @@ from starlette.routing import Route
 
 from deployments.config import ApiConfig
 from deployments.protocol import ChatRequest, CompletionRequest, ErrorBody, ErrorDetail
+from rayllm import __version__
 from rayllm.errors import EngineDeadError, QueueFullError, UsageError
 
 logger = logging.getLogger("ray.serve")
@@ -242,7 +242,7 @@ def openapi(endpoints: list[Endpoint], models: list[str], asks_for_keys: bool) -
         paths.setdefault(endpoint.path, {})[endpoint.method.lower()] = operation
     schema: dict[str, Any] = {
         "openapi": "3.1.0",
-        "info": {"title": "rayllm", "version": version("rayllm")},
+        "info": {"title": "rayllm", "version": __version__},
         "paths": paths,
         "components": {"schemas": components},
     }

@@ -33,6 +33,8 @@ class ServeLink:
         """Of the engines that answered last."""
         self._engine = engine
         self._recovery_timeout_s = recovery_timeout_s
+        self._heard = time.monotonic()
+        """When an engine last told how it is, or ended an answer."""
         self._probed = asyncio.Event()
         self._lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._prober = asyncio.get_running_loop().create_task(self._probe())
@@ -53,6 +55,7 @@ class ServeLink:
                 call.cancel()
         if refusal is not None:
             raise refusal.error()
+        self._heard = time.monotonic()
 
     async def recover(self) -> bool:
         """Waits until an engine answers again, at most `recovery_timeout_s`."""
@@ -67,7 +70,6 @@ class ServeLink:
 
     async def _probe(self) -> None:
         """Asks all engines how they are, for ever."""
-        last_answer = time.monotonic()
         while True:
             try:
                 response: Any = self._engine.broadcast("status")
@@ -75,13 +77,14 @@ class ServeLink:
                 self.statuses = [answer for answer in answers if isinstance(answer, EngineStatus)]
                 refusals = [answer.reason for answer in answers if isinstance(answer, Refusal)]
                 self.trouble = None if self.statuses else next(iter(refusals), "no engine is running")
+                if self.statuses:
+                    self._heard = time.monotonic()
             except (TimeoutError, *GONE) as error:
-                is_one_stuck = isinstance(error, TimeoutError) and len(self.statuses) > 1
-                if not is_one_stuck:  # of several, which Serve will find
+                # late may be one stuck engine of several, which Serve will find, or this process in a burst of requests
+                is_late = isinstance(error, TimeoutError)
+                if not (is_late and (len(self.statuses) > 1 or time.monotonic() - self._heard < PROBE_TIMEOUT_S)):
                     self.statuses, self.trouble = [], "no engine answers"
-            if self.trouble is None:
-                last_answer = time.monotonic()
-            elif time.monotonic() - last_answer > self._recovery_timeout_s:
+            if self.trouble and time.monotonic() - self._heard > self._recovery_timeout_s:
                 self._lost.set_result(None)  # calls that wait for a replica have waited long enough
                 self._lost = asyncio.get_running_loop().create_future()
             self._probed.set()

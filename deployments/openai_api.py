@@ -12,7 +12,7 @@ from ray import serve
 from ray._private.accelerators import get_accelerator_manager_for_resource
 
 from deployments.api import api_deployment
-from deployments.config import ServedModel, read_arguments
+from deployments.config import ApiConfig, ServedModel, read_arguments
 from deployments.engine import engine_deployment
 from rayllm import placement
 from rayllm.errors import UsageError
@@ -36,13 +36,25 @@ def build_app(arguments: dict[str, Any]) -> serve.Application:
 
 def build(arguments: dict[str, Any]) -> serve.Application:
     """As `build_app`, but raises `UsageError`."""
+    return bind(*find_models(arguments))
+
+
+def find_models(arguments: dict[str, Any]) -> tuple[ApiConfig, list[tuple[ServedModel, ModelSource]]]:
+    """What the arguments say, all models and tokenizers found; asks no Ray. Raises `UsageError`."""
     api, given = read_arguments(arguments)
-    sources = [resolve_model(model.model, model.load_format) for model in given]
+    models = [(model, resolve_model(model.model, model.load_format)) for model in given]
+    for model, source in models:
+        source.config.check_tensor_parallel(model.tensor_parallel_size)
+        load_tokenizer(model, source)
+    return api, models
+
+
+def bind(api: ApiConfig, found: list[tuple[ServedModel, ModelSource]]) -> serve.Application:
+    """The application of what `find_models` found. Raises `UsageError`."""
     device = None
     models: list[tuple[ServedModel, ModelSource]] = []
     engines = []
-    for model, source in zip(given, sources, strict=True):
-        source.config.check_tensor_parallel(model.tensor_parallel_size)
+    for model, source in found:
         if model.device == "auto" and device is None:
             device = _device_of_cluster()
         decided = model.resolved(
@@ -51,8 +63,7 @@ def build(arguments: dict[str, Any]) -> serve.Application:
             model_max_len=source.config.max_model_len,
             model_kv_heads=source.config.num_key_value_heads,
         )
-        load_tokenizer(decided, source)
-        name = "Engine" if len(given) == 1 else f"Engine-{decided.name}"
+        name = "Engine" if len(found) == 1 else f"Engine-{decided.name}"
         models.append((decided, source))
         engines.append(engine_deployment(decided, source, name, api))
     return api_deployment(api, models, engines)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any, Protocol
 
 import msgspec
@@ -30,6 +29,7 @@ from deployments.protocol import (
     Tokens,
     Version,
 )
+from rayllm import __version__
 from rayllm.client import Client
 from rayllm.errors import EngineDeadError, UsageError
 from rayllm.output import Increment
@@ -163,7 +163,7 @@ class Service:
         return Health("ok", list(self.models))
 
     async def version(self, request_id: str) -> Version:
-        return Version(version("rayllm"))
+        return Version(__version__)
 
     def endpoints(self) -> list[Endpoint]:
         answers = (404, 429, 503)

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from rayllm.async_llm import AsyncLLM
     from rayllm.llm import LLM
 
+__version__ = "0.1.0"
+
 __all__ = ["LLM", "AsyncLLM", "EngineDeadError", "SamplingParams", "UsageError"]
 
 

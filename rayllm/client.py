@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 from array import array
 from collections.abc import AsyncGenerator, Sequence
@@ -22,6 +23,12 @@ from rayllm.transport import Address, Receiver
 
 Prompt = str | Sequence[int] | Sequence[dict[str, Any]]
 """Text, token ids, or chat messages."""
+
+
+READERS_AT_ONCE = 16
+"""Of new tokens."""
+TURNS = 4
+"""Of the event loop, in which what follows from new tokens is done."""
 
 
 class Link(Protocol):
@@ -76,11 +83,15 @@ class Client:
         self._next_sequence = 0
         self._streams: dict[int, Stream] = {}
         """By sequence."""
+        self._news: dict[int, Stream] = {}
+        """Those whose readers are to be told of new tokens, the longest waiting first."""
+        self._has_news = asyncio.Event()
 
     def close(self) -> None:
         if self._loop is not None and not self._loop.is_closed():
             for fileno in self._inbox.filenos():
                 self._loop.remove_reader(fileno)
+            self._teller.cancel()
         self._inbox.close()
 
     # ---- prompts
@@ -199,6 +210,7 @@ class Client:
     def _stop(self, stream: Stream) -> None:
         stream.call.cancel()  # nothing if it has ended
         del self._streams[stream.sequence]
+        self._news.pop(stream.sequence, None)
 
     def _attach(self) -> None:
         """Ties this object to the running event loop, on first use."""
@@ -206,11 +218,32 @@ class Client:
             self._loop = asyncio.get_running_loop()
             for fileno in self._inbox.filenos():
                 self._loop.add_reader(fileno, self._receive)
+            self._teller = self._loop.create_task(self._tell())
             self._receive()
 
     def _receive(self) -> None:
         for message in self._inbox.receive(timeout_s=0):
             for update in message.updates:
-                if (stream := self._streams.get(update.sequence)) is not None:
-                    stream.choice.add(update)
-                    stream.changed.set()
+                if (stream := self._streams.get(update.sequence)) is None:
+                    continue
+                if not stream.choice.token_ids:
+                    stream.changed.set()  # a first token does not wait
+                else:
+                    self._news[update.sequence] = stream
+                stream.choice.add(update)
+        if self._news:
+            self._has_news.set()
+
+    async def _tell(self) -> None:
+        """Tells the readers of new tokens, few at once and for half of the time at most: what they set off leaves the
+        event loop free for new requests, however many streams there are. Who is told late gets several tokens."""
+        loop = asyncio.get_running_loop()
+        while await self._has_news.wait():
+            began = loop.time()
+            for sequence in tuple(itertools.islice(self._news, READERS_AT_ONCE)):
+                self._news.pop(sequence).changed.set()
+            if not self._news:
+                self._has_news.clear()
+            for _ in range(TURNS):
+                await asyncio.sleep(0)
+            await asyncio.sleep(loop.time() - began)
