@@ -172,9 +172,9 @@ def command() -> Iterator[Any]:
     """Starts `rayllm serve`; what still runs at the end is killed."""
     started: list[subprocess.Popen[str]] = []
 
-    def start(*arguments: str) -> subprocess.Popen[str]:
+    def start(*arguments: str, **variables: str) -> subprocess.Popen[str]:
         streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+        environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | variables
         process = subprocess.Popen([*RAYLLM, "serve", *arguments], text=True, env=environment, **streams)  # type: ignore
         started.append(process)
         return process
@@ -185,19 +185,30 @@ def command() -> Iterator[Any]:
         process.communicate()
 
 
-def test_rayllm_serve_until_sigterm(command, tiny_text_model: Path, smollm2: Path):
+@pytest.mark.parametrize("with_haproxy", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_rayllm_serve_until_sigterm(command, tiny_text_model: Path, smollm2: Path, with_haproxy: bool):
     """Streams that run when the signal comes are finished, new requests get 503, and nothing is left."""
     port = free_port()
-    process = command(
-        *[str(tiny_text_model), "--tokenizer", str(smollm2), "--port", str(port), "--device", "cpu"],
-        *["--served-model-name", "org/tiny", "--block-size", "16", "--num-gpu-blocks-override", "200"],
-    )
+    arguments = [str(tiny_text_model), "--tokenizer", str(smollm2), "--port", str(port), "--device", "cpu"]
+    arguments += ["--served-model-name", "org/tiny", "--block-size", "16", "--num-gpu-blocks-override", "200"]
+    if with_haproxy:
+        open_host = ["--host", "0.0.0.0", "--api-replicas", "2"]
+        process = command(*arguments, *open_host, RAY_SERVE_ENABLE_HA_PROXY="1")
+    else:
+        process = command(*arguments)
     assert process.stdout is not None
     line = process.stdout.readline()
     assert re.fullmatch(rf"org/tiny is served at http://127.0.0.1:{port}/v1 \(started in \d+ s\)\n", line), (
         process.communicate()[1]
     )
-    http = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)
+    service = Service(f"http://127.0.0.1:{port}", "rayllm")
+    http = service.http
+    wrong = http.post("/v1/completions", json=TINY | {"max_tokens": -1})
+    assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "max_tokens")
+    for _ in range(4):  # of both processes, if there are two
+        with http.stream("POST", "/v1/completions", json=TINY | {"max_tokens": 1900, "stream": True}) as response:
+            next(response.iter_lines())
+    service.assert_idle()
     with http.stream("POST", "/v1/completions", json=TINY | {"max_tokens": 500, "stream": True}) as response:
         lines = response.iter_lines()
         next(lines)
