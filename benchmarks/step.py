@@ -14,7 +14,6 @@ import asyncio
 import dataclasses
 import json
 import random
-import time
 from typing import Any
 
 from rayllm import AsyncLLM, SamplingParams, config
@@ -31,7 +30,10 @@ async def measure(llm: AsyncLLM, kind: str, num_decodes: int, num_tokens: int, p
 
     async def decode(index: int) -> None:
         prompt = [rng.randrange(10000) for _ in range(PROMPT_LEN)]
-        async for _ in llm.generate(prompt, SamplingParams(ignore_eos=True, max_tokens=num_tokens)):
+        try:
+            async for _ in llm.generate(prompt, SamplingParams(ignore_eos=True, max_tokens=num_tokens)):
+                ready[index].set()
+        finally:
             ready[index].set()
 
     async def compute_prompts() -> None:
@@ -42,18 +44,21 @@ async def measure(llm: AsyncLLM, kind: str, num_decodes: int, num_tokens: int, p
     decodes = [asyncio.create_task(decode(index)) for index in range(num_decodes)]
     for event in ready:
         await event.wait()
-    before, start = await llm.engine.check(), time.perf_counter()
+    for task in decodes:
+        if task.done():
+            task.result()  # what went wrong
+    before = await llm.engine.check()
     limits = [asyncio.create_task(compute_prompts())] if prompts else decodes
     await asyncio.wait(limits, return_when=asyncio.FIRST_COMPLETED)
-    after, wall_s = await llm.engine.check(), time.perf_counter() - start
+    after = await llm.engine.check()
     for task in decodes:
         task.cancel()
     await asyncio.gather(*decodes, return_exceptions=True)
-    print(json.dumps(line(kind, before, after, wall_s)), flush=True)
+    print(json.dumps(line(kind, before, after)), flush=True)
 
 
-def line(kind: str, before: EngineStats, after: EngineStats, wall_s: float) -> dict[str, Any]:
-    steps = after.num_steps - before.num_steps
+def line(kind: str, before: EngineStats, after: EngineStats) -> dict[str, Any]:
+    steps, wall_s = after.num_steps - before.num_steps, after.time_s - before.time_s
     seconds = {
         "wall": wall_s,
         "device": after.times.device_s - before.times.device_s,

@@ -84,6 +84,8 @@ class EngineStats:
     """Of all steps."""
     stalled_s: float
     """How long the oldest step in flight has been waited for."""
+    time_s: float
+    """When this was so, by the driver's monotonic clock."""
 
 
 class Driver:
@@ -179,6 +181,7 @@ class Driver:
             driver_s=self._driver_s,
             times=self._times,
             stalled_s=time.monotonic() - self._last_progress if scheduler.in_flight else 0.0,
+            time_s=time.monotonic(),
         )
 
     def run(self) -> None:

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import openai
 import pytest
 import ray
@@ -20,6 +19,7 @@ from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 from ray import serve
 
+from deployments.openai_api import build_app
 from serve.serve_testing import Service, eventually, free_port
 
 TINY: dict[str, Any] = {"model": "org/tiny", "prompt": [5, 6, 7], "max_tokens": 4, "ignore_eos": True}
@@ -156,15 +156,24 @@ def test_snapkv(two: Service):
         (["model=SMOL", "max_model_len=99999"], "max_model_len must be at most 8192"),
     ],
 )
-def test_serve_run_refuses_in_one_line(smollm2: Path, arguments: list[str], message: str):
-    arguments = [argument.replace("SMOL", str(smollm2)) for argument in arguments] + ["device=cpu"]
+def test_wrong_arguments_end_in_one_line(
+    smollm2: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+):
+    given = dict(argument.replace("SMOL", str(smollm2)).split("=") for argument in arguments)
+    with pytest.raises(SystemExit) as ended:
+        build_app(given | {"device": "cpu"})
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"Error: {message}")
+
+
+def test_serve_run_refuses_in_one_line():
     program = "from ray.serve.scripts import cli; cli()"
-    command = [sys.executable, "-c", program, "run", "deployments.openai_api:build_app", *arguments]
+    command = [sys.executable, "-c", program, "run", "deployments.openai_api:build_app", "modle=x"]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 2, ended.stderr
     lines = [line for line in ended.stderr.splitlines() if "scripts.py" not in line]
-    assert len(lines) == 1, ended.stderr
-    assert lines[0].startswith(f"Error: {message}")
+    assert lines == ["Error: unknown engine argument modle: did you mean model?"]
 
 
 @pytest.fixture
