@@ -53,8 +53,10 @@ def run(options: argparse.Namespace) -> None:
         signal.signal(number, lambda *_: stopped.set())
     try:
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
-        app = bind(*found.result())
+        if found.done():
+            found.result()  # raises, if it did
         _start_serve(options.host, options.port)
+        app = bind(*found.result())
         serve.run_many([serve.RunTarget(app, name=APP, route_prefix="/")], wait_for_applications_running=False)
         started = time.monotonic()
         if _wait(model.name, stopped):

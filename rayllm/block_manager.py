@@ -90,6 +90,9 @@ class BlockManager:
 
     def commit(self, seq: Sequence) -> None:
         """Makes the full blocks of `seq` that are computed, of known tokens, available to others."""
+        next_end = (seq.num_committed_blocks + 1) * self.block_size
+        if next_end > len(seq.token_ids) or next_end > seq.num_computed_tokens:  # the case of most tokens
+            return
         if not self.enable_prefix_caching or seq.num_pruned:  # a pruned cache is nobody else's prefix
             return
         num_full = min(seq.num_computed_tokens, len(seq.token_ids)) // self.block_size
@@ -130,17 +133,17 @@ class BlockManager:
         self._ref_counts[block] = 1
         return block
 
-    def _tokens_of(self, seq: Sequence, i: int) -> list[int]:
-        return seq.token_ids[i * self.block_size : (i + 1) * self.block_size]
+    def _tokens_of(self, seq: Sequence, i: int) -> bytes:
+        return pack_ids(seq.token_ids[i * self.block_size : (i + 1) * self.block_size])
 
     def _root(self, seq: Sequence) -> Prefix:
-        return Prefix(None, list((seq.cache_salt or "").encode()))
+        return Prefix(None, (seq.cache_salt or "").encode())
 
     def _hash(self, seq: Sequence, i: int) -> bytes:
         """Hash of the i-th block of `seq`; needs those before it."""
         if i == len(seq.block_hashes):
             parent = seq.block_hashes[-1] if i else root_hash(seq.cache_salt)
-            seq.block_hashes.append(block_hash(parent, pack_ids(self._tokens_of(seq, i))))
+            seq.block_hashes.append(block_hash(parent, self._tokens_of(seq, i)))
         return seq.block_hashes[i]
 
     def check_integrity(self, sequences: Iterable[Sequence]) -> None:

@@ -98,11 +98,11 @@ class Scheduler:
     def schedule(self) -> StepInput | None:
         """The next step; None when there is nothing to do, or nothing before a step in flight is answered."""
         new_blocks: list[int] = []
-        decodes = self._choose_decodes(new_blocks)
+        decodes, prefills = self._choose_decodes(new_blocks)
         budget = self.max_num_batched_tokens - len(decodes)
         chunks: list[tuple[Sequence, int]] = []
-        for seq in self.running:
-            if not seq.is_decoding and (size := self._chunk_size(seq, budget)):
+        for seq in prefills:
+            if seq.status is SequenceStatus.RUNNING and (size := self._chunk_size(seq, budget)):
                 chunks.append((seq, size))
                 budget -= size
                 self._advance(seq, size)
@@ -151,13 +151,18 @@ class Scheduler:
         self.num_pruned_blocks += num_blocks
         return Prune(seq.lane, seq.num_kept, seq.block_table.copy())
 
-    def _choose_decodes(self, new_blocks: list[int]) -> list[Sequence]:
-        """Running sequences with one token to compute, each given a slot; preempts for want of blocks."""
+    def _choose_decodes(self, new_blocks: list[int]) -> tuple[list[Sequence], list[Sequence]]:
+        """Running sequences with one token to compute, each given a slot, and those with more; preempts for want of
+        blocks."""
         decodes: list[Sequence] = []
+        prefills: list[Sequence] = []
         for seq in tuple(self.running):
             if seq.status is not SequenceStatus.RUNNING:  # preempted in this very loop
                 continue
-            if not seq.is_decoding or seq.num_output_tokens >= seq.max_tokens:
+            if not seq.is_decoding:
+                prefills.append(seq)
+                continue
+            if seq.is_complete:
                 continue
             if seq.kv_len == len(seq.block_table) * self.blocks.block_size:
                 while not self.blocks.num_free_blocks and seq.status is SequenceStatus.RUNNING:
@@ -167,7 +172,7 @@ class Scheduler:
                 new_blocks += (seq.lane, self.blocks.append(seq))
             decodes.append(seq)
             self._advance(seq, 1)
-        return decodes
+        return decodes, prefills
 
     def _admit(self) -> Sequence | None:
         """Lets the first waiting sequence run if its blocks can be had, and one more for each that runs."""
@@ -251,8 +256,10 @@ class Scheduler:
         finish_reason = "stop" if stopped else "length" if num_output_tokens >= seq.max_tokens else None
         if finish_reason:
             self._finish(seq)
-        prompt_logprobs = [entry for entry in seq.prompt_logprobs if entry is not None]
-        seq.prompt_logprobs = []
+        prompt_logprobs: list[Logprobs] = []
+        if seq.prompt_logprobs:
+            prompt_logprobs = [entry for entry in seq.prompt_logprobs if entry is not None]
+            seq.prompt_logprobs = []
         return SequenceUpdate(
             sequence=seq.sequence,
             token_ids=[token_id],

@@ -21,7 +21,8 @@ class Prefix:
     """The tokens of one full block and, through its parents, all before it; the root holds the cache salt."""
 
     parent: Prefix | None
-    token_ids: list[int]
+    token_ids: bytes
+    """Of `pack_ids`."""
 
     def is_same(self, other: Prefix) -> bool:
         """Compares up to the first object that both share, most often the parent."""
@@ -100,12 +101,13 @@ class Sequence:
     @property
     def is_decoding(self) -> bool:
         """All but its last token is computed, and pruned where it is to be."""
-        return self.num_tokens - self.num_computed_tokens == 1 and not (self.num_kept and not self.num_pruned)
+        num_missing = len(self.token_ids) + self.num_pending - self.num_computed_tokens
+        return num_missing == 1 and not (self.num_kept and not self.num_pruned)
 
     @property
-    def num_output_tokens(self) -> int:
-        """Known and pending."""
-        return self.num_tokens - self.num_prompt_tokens
+    def is_complete(self) -> bool:
+        """No further token is to be sampled, once those that are pending are."""
+        return len(self.token_ids) + self.num_pending >= self.num_prompt_tokens + self.max_tokens
 
     @property
     def wants_prompt_logprobs(self) -> bool:
