@@ -144,6 +144,7 @@ def test_seeds(engines, rng):
             max_tokens=40,
             temperature=rng.choice([0.7, 1.5]),
             top_p=rng.choice([1, 0.9]),
+            top_k=rng.choice([0, 3, 20]),
             presence_penalty=rng.choice([0, 0.5]),
         )
         for _ in prompts
