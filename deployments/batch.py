@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -20,20 +18,14 @@ from deployments.metrics import ServiceMetrics
 from deployments.protocol import ChatRequest, CompletionRequest, ErrorBody, ErrorDetail
 from deployments.service import Model, Service
 from rayllm.client import Client
-from rayllm.engine import Engine
+from rayllm.engine import MAX_RESTARTS, Engine
 from rayllm.errors import EngineDeadError
 from rayllm.model_source import ModelSource
 from rayllm.progress import Progress
-from rayllm.step import NewSequence
 from rayllm.tokenizer import load_tokenizer
-from rayllm.transport import Address
 
 if TYPE_CHECKING:
     import pyarrow
-
-MAX_RESTARTS = 3
-"""Of each engine in a job, and of its process."""
-CHECK_PERIOD_S = 1.0
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 BODIES: dict[str, type[ChatRequest] | type[CompletionRequest]] = {CHAT: ChatRequest, COMPLETIONS: CompletionRequest}
@@ -131,46 +123,6 @@ def _node_of(group: PlacementGroup) -> str:
     return node_id
 
 
-class RestartingLink:
-    """A `rayllm.client.Link` to an engine of this process, which is replaced when it dies or hangs."""
-
-    def __init__(self, start: Callable[[], Engine]):
-        self.engine = start()
-        self._start = start
-        self._num_restarts = 0
-        self._restart = asyncio.Lock()
-        self._watcher: asyncio.Task[None] | None = None
-
-    @property
-    def trouble(self) -> str | None:
-        """None: requests may wait for a new engine."""
-        return None
-
-    async def answer(self, client: Address, sequence: NewSequence) -> None:
-        """See `rayllm.client.Link`."""
-        if self._watcher is None:
-            self._watcher = asyncio.get_running_loop().create_task(self._watch())
-        await self.engine.answer(client, sequence)
-
-    async def recover(self) -> bool:
-        """Starts another engine, unless this has been done, or was done too often."""
-        async with self._restart:
-            if self.engine.trouble is not None:
-                if self._num_restarts == MAX_RESTARTS:
-                    return False
-                self._num_restarts += 1
-                self.engine.close()
-                self.engine = await asyncio.get_running_loop().run_in_executor(None, self._start)
-        return True
-
-    async def _watch(self) -> None:
-        """Notices an engine that hangs; its requests find out that it is dead then."""
-        while True:
-            with contextlib.suppress(EngineDeadError):
-                await self.engine.check()
-            await asyncio.sleep(CHECK_PERIOD_S)
-
-
 class BatchEngine:
     """A callable for `Dataset.map_batches`: the process of one engine, whose resources an actor `Slots` assigns."""
 
@@ -178,17 +130,14 @@ class BatchEngine:
         context = ray.get_runtime_context()
         group = ray.get(slots.claim.remote(context.get_actor_id(), context.get_node_id()))
 
-        def start() -> Engine:
-            return Engine(
-                engine_config(config), source, progress=False, placement_group=group, report=slots.report.remote
-            )
-
-        link = RestartingLink(start)
+        engine = Engine(
+            engine_config(config), source, progress=False, placement_group=group, report=slots.report.remote
+        )
         tokenizer = load_tokenizer(config, source.on_this_node(weights=False))
         assert tokenizer is not None
-        client = Client(link, link.engine.config, source.config, tokenizer, link.engine.host)
+        client = Client(engine, engine.config, source.config, tokenizer, engine.host)
         self._model = config.name
-        self._service = Service([Model(config.name, client, tokenizer, link, int(time.time()))], ServiceMetrics())
+        self._service = Service([Model(config.name, client, tokenizer, engine, int(time.time()))], ServiceMetrics())
 
     async def __call__(self, batch: pyarrow.Table) -> dict[str, list[Any]]:
         """`key` and `row` (JSON) become `key`, `line` (the answer's JSON), `failed` and `tokens` (of the output)."""

@@ -102,7 +102,8 @@ class Driver:
         self._num_steps = self._num_sequences = 0
         self._driver_s = 0.0
         self._times = StepTimes()
-        self._last_progress = time.monotonic()
+        self._last_progress: float | None = None
+        """When something last came of the steps in flight; None until the first is answered, which may compile."""
 
     def start(self, placement_group: PlacementGroup, owner: Address) -> EngineInfo:
         """Makes the shards, all at once; returns when they can execute steps. `owner` is the owner's inbox."""
@@ -181,7 +182,7 @@ class Driver:
             num_pruned_blocks=scheduler.num_pruned_blocks,
             driver_s=self._driver_s,
             times=self._times,
-            stalled_s=time.monotonic() - self._last_progress if scheduler.in_flight else 0.0,
+            stalled_s=time.monotonic() - self._last_progress if self._last_progress and scheduler.in_flight else 0.0,
             time_s=time.monotonic(),
         )
 
@@ -193,7 +194,7 @@ class Driver:
             while running:
                 step, began = None, time.perf_counter()
                 if len(self.scheduler.in_flight) < MAX_STEPS_IN_FLIGHT and (step := self.scheduler.schedule()):
-                    if len(self.scheduler.in_flight) == 1:
+                    if self._last_progress and len(self.scheduler.in_flight) == 1:
                         self._last_progress = time.monotonic()
                     self._num_steps += 1
                     for sender in self._senders:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -27,10 +28,14 @@ logger = logging.getLogger("rayllm")
 
 PROGRESS_PERIOD_S = 0.2
 STOP_TIMEOUT_S = 5.0
+CHECK_PERIOD_S = 1.0
+MAX_RESTARTS = 3
 
 
 class Engine:
     """A driver and its shards, owned by this process: they end with it, or with `close`.
+
+    When one of them dies or hangs, all sequences fail, and `recover` starts them again, `MAX_RESTARTS` times.
 
     Raises `UsageError`, before anything expensive starts, when model, arguments and cluster do not fit together, and
     `EngineDeadError` when a process fails on the way. Made anywhere, it belongs to the event loop that first calls
@@ -58,6 +63,10 @@ class Engine:
             self._resolve(config, config.device)
         self._started_ray = placement.connect(address, min_cpus=config.tensor_parallel_size)
         self._own_group: PlacementGroup | None = None
+        self._report = report
+        self._num_starts = 0
+        self._is_closed = False
+        self._recovery = asyncio.Lock()
         self._driver: Any = None
         self._ended: Any = None
         """An object reference that resolves when the driver has stopped, and raises if it died."""
@@ -75,11 +84,12 @@ class Engine:
                 placement_group = self._own_group = placement.reserve(
                     config.tensor_parallel_size, device, config.placement_timeout_s, progress
                 )
+            self._group = placement_group
             self.host = local_host() if placement.has_many_nodes() else None
             """This node's address, if there are others."""
             show: AbstractContextManager[Any] = ProgressBar() if progress else nullcontext(report)
             with show as report:
-                self.info = self._start(placement_group, report)
+                self.info = self._start(report)
         except BaseException:
             self.close()
             raise
@@ -94,14 +104,15 @@ class Engine:
             model_kv_heads=model.num_key_value_heads,
         )
 
-    def _start(self, group: PlacementGroup, report: Callable[[Progress], None] | None) -> EngineInfo:
+    def _start(self, report: Callable[[Progress], None] | None) -> EngineInfo:
         node_id = ray.get_runtime_context().get_node_id()
         remove_abandoned()
         self._inbox = Receiver(OwnerMessage, self.host)
         driver_class = ray.remote(num_cpus=0, concurrency_groups={"control": 2})(Driver)
-        bundle_0 = PlacementGroupSchedulingStrategy(group, 0)
-        self._driver = driver_class.options(scheduling_strategy=bundle_0).remote(self.config, self.source, 0)
-        started = self._driver.start.remote(group, self._inbox.address(node_id))
+        bundle_0 = PlacementGroupSchedulingStrategy(self._group, 0)
+        incarnation, self._num_starts = self._num_starts, self._num_starts + 1
+        self._driver = driver_class.options(scheduling_strategy=bundle_0).remote(self.config, self.source, incarnation)
+        started = self._driver.start.remote(self._group, self._inbox.address(node_id))
         try:
             if report:
                 self._follow(started, report)
@@ -142,8 +153,8 @@ class Engine:
 
     @property
     def trouble(self) -> str | None:
-        """Why it is dead; None while it is not known to be."""
-        return self._death
+        """Why it answers nothing any more; None also while it is dead but may be started again."""
+        return self._death if self._is_closed or self._num_starts > MAX_RESTARTS else None
 
     def stats(self) -> EngineStats:
         stats: EngineStats = ray.get(self._driver.stats.remote())
@@ -176,8 +187,17 @@ class Engine:
                 self._to_driver.send(Abort(number, [sequence.sequence]))
 
     async def recover(self) -> bool:
-        """This engine does not come back."""
-        return False
+        """Starts driver and shards again where they were, unless that has been done, or was done too often."""
+        async with self._recovery:
+            if self._death is not None and self.trouble is None:
+                logger.warning("%s: the engine is started again", self._death)
+                self._stop(timeout_s=0)
+                self._clients = {}
+                loop = asyncio.get_running_loop()
+                self.info = await loop.run_in_executor(None, self._start, self._report)
+                if not self._is_closed:
+                    self._death = None
+            return self._death is None
 
     async def check(self) -> EngineStats:
         """What the driver counts; raises `EngineDeadError` if it, or a shard, is dead or stuck.
@@ -208,7 +228,7 @@ class Engine:
             self._loop = asyncio.get_running_loop()
             for fileno in self._inbox.filenos():
                 self._loop.add_reader(fileno, self._receive)
-            self._watcher = self._loop.create_task(self._watch())
+            self._watchers = [self._loop.create_task(watch()) for watch in (self._watch, self._check_often)]
             self._receive()
         return self._loop
 
@@ -250,27 +270,42 @@ class Engine:
             await asyncio.sleep(0.1)  # its own last words say more
             self._fail(f"the driver died: {type(error).__name__}")
 
+    async def _check_often(self) -> None:
+        """Notices an engine that hangs."""
+        while True:
+            await asyncio.sleep(CHECK_PERIOD_S)
+            with contextlib.suppress(EngineDeadError):
+                await self.check()
+
     def close(self) -> None:
         """Frees everything: actors, resources, and Ray if this engine started it. May be called twice."""
+        self._is_closed = True
         self._fail("the engine was closed")
-        if self._inbox is not None:
-            if self._loop is not None and not self._loop.is_closed():
-                for fileno in self._inbox.filenos():
-                    self._loop.remove_reader(fileno)
-                self._watcher.cancel()
-            self._inbox.close()
-            self._inbox = None
-        if self._ended is not None:
-            self._to_driver.close(linger_s=1)
-            self._driver.stop.remote()
-            ray.wait([self._ended], timeout=STOP_TIMEOUT_S)
-            self._ended = None
-        if self._driver is not None:
-            ray.kill(self._driver)  # shards are its own: Ray ends them with it
-            self._driver = None
+        self._stop(STOP_TIMEOUT_S)
         if self._own_group is not None:
             placement.release(self._own_group)
             self._own_group = None
         if self._started_ray:
             ray.shutdown()
             self._started_ray = False
+
+    def _stop(self, timeout_s: float) -> None:
+        """Ends driver and shards; they have `timeout_s` to clean up after themselves."""
+        if self._inbox is not None:
+            if self._loop is not None and not self._loop.is_closed():
+                for fileno in self._inbox.filenos():
+                    self._loop.remove_reader(fileno)
+                for watcher in self._watchers:
+                    watcher.cancel()
+            self._loop = None
+            self._inbox.close()
+            self._inbox = None
+        if self._ended is not None:
+            self._to_driver.close(linger_s=1)
+            if timeout_s:
+                self._driver.stop.remote()
+                ray.wait([self._ended], timeout=timeout_s)
+            self._ended = None
+        if self._driver is not None:
+            ray.kill(self._driver)  # shards are its own: Ray ends them with it
+            self._driver = None

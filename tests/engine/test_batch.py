@@ -16,17 +16,12 @@ from typing import Any
 
 import psutil
 import pytest
-from engine_testing import WHOLE, eventually, greedy
+from engine_testing import eventually
 
-import deployments.batch
-from deployments.batch import MAX_RESTARTS, RestartingLink, Slots
+from deployments.batch import MAX_RESTARTS, Slots
 from rayllm import placement
 from rayllm.batch import main
-from rayllm.client import Client
-from rayllm.config import EngineConfig
-from rayllm.engine import Engine
 from rayllm.errors import EngineDeadError
-from rayllm.model_source import resolve_model
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -221,32 +216,6 @@ def test_ray_data_is_missing():
     command = [sys.executable, "-c", code, "--model", "m", "--input", "i", "--output", "o"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (2, "Error: batch jobs need Ray Data: pip install 'rayllm[batch]'\n")
-
-
-async def test_an_engine_that_dies_is_replaced(engine_pool, model_paths, reference, monkeypatch: pytest.MonkeyPatch):
-    """Its request goes on where it was; when it dies too often, the request fails."""
-    engine_pool.make_room(1)
-    source = resolve_model(str(model_paths["llama"]))
-    config = EngineConfig(model=source.path, device="cpu", skip_tokenizer_init=True, **WHOLE)
-    link = RestartingLink(lambda: Engine(config, source, progress=False))
-    client = Client(link, link.engine.config, source.config, tokenizer=None)
-
-    async def answer() -> list[int]:
-        token_ids: list[int] = []
-        async for increment in client.answer([[1, 2, 3]], greedy(100)):
-            if not token_ids:
-                os.kill(link.engine.shard_stats()[0].pid, signal.SIGKILL)
-            token_ids += increment.token_ids
-        return token_ids
-
-    try:
-        reference("llama").check_greedy([[1, 2, 3]], [await answer()], 100)
-        monkeypatch.setattr(deployments.batch, "MAX_RESTARTS", 1)
-        with pytest.raises(EngineDeadError, match="shard 0 died"):
-            await answer()
-    finally:
-        client.close()
-        link.engine.close()
 
 
 def test_slots(engine_pool):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +20,7 @@ import psutil
 import pytest
 from engine_testing import TIGHT, WHOLE, eventually, greedy, is_alive, pids_of, stats_of, tokens_of
 
+import rayllm.engine
 from rayllm import LLM, EngineDeadError
 from rayllm.config import EngineConfig
 from rayllm.engine import Engine
@@ -54,9 +57,10 @@ def own_engine(engine_pool, model_paths) -> Iterator[Callable[..., LLM]]:
     """Starts an engine for this test alone."""
     started: list[LLM] = []
 
-    def start(tensor_parallel_size: int) -> LLM:
+    def start(tensor_parallel_size: int, **arguments: Any) -> LLM:
         engine_pool.make_room(tensor_parallel_size)
-        started.append(LLM(str(model_paths["llama"]), tensor_parallel_size=tensor_parallel_size, **ARGUMENTS))
+        arguments = ARGUMENTS | {"tensor_parallel_size": tensor_parallel_size} | arguments
+        started.append(LLM(str(model_paths["llama"]), **arguments))
         return started[-1]
 
     yield start
@@ -66,7 +70,7 @@ def own_engine(engine_pool, model_paths) -> Iterator[Callable[..., LLM]]:
 
 def kill_shard(llm: LLM) -> str:
     os.kill(pids_of(llm)[-1], signal.SIGKILL)
-    return "shard 1 died"
+    return "shard [01]"  # which may hear of it before the driver does
 
 
 def kill_driver(llm: LLM) -> str:
@@ -74,14 +78,40 @@ def kill_driver(llm: LLM) -> str:
     return "driver died"
 
 
-@pytest.mark.parametrize(("kill", "tensor_parallel_size"), [(kill_shard, 2), (kill_driver, 1)])
-def test_a_killed_process_fails_all_requests(own_engine, rng, kill: Callable[[LLM], str], tensor_parallel_size: int):
-    llm = own_engine(tensor_parallel_size)
+def freeze_shard(llm: LLM) -> str:
+    os.kill(pids_of(llm)[-1], signal.SIGSTOP)
+    return "the shards have not answered a step for"
+
+
+@pytest.mark.parametrize(("harm", "tensor_parallel_size"), [(kill_shard, 2), (kill_driver, 1), (freeze_shard, 1)])
+def test_an_engine_is_started_again(
+    own_engine,
+    reference,
+    rng,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    harm: Callable[[LLM], str],
+    tensor_parallel_size: int,
+):
+    """Its requests go on where they were, whatever happened to it; when that was too often, they fail at once."""
+    llm = own_engine(tensor_parallel_size, step_timeout_s=1.5)
     pids = pids_of(llm)
-    streams = [llm.stream([rng.randrange(199)], greedy(None)) for _ in range(3)]
+    prompts = [[rng.randrange(199)] for _ in range(3)]
+    streams = [llm.stream(prompt, greedy(100)) for prompt in prompts]
+    outputs = [next(stream).token_ids for stream in streams]
+    message = harm(llm)
+    for stream, output in zip(streams, outputs, strict=True):
+        output += [token_id for increment in stream for token_id in increment.token_ids]
+    reference("llama").check_greedy(prompts, outputs, 100)
+    assert re.search(f"{message}.*: the engine is started again", caplog.text)
+    eventually(lambda: not any(map(is_alive, pids)), seconds=10, what="the first processes' end")
+
+    monkeypatch.setattr(rayllm.engine, "MAX_RESTARTS", 1)
+    pids = pids_of(llm)
+    streams = [llm.stream(prompt, greedy(None)) for prompt in prompts]
     for stream in streams:
         next(stream)
-    message = kill(llm)
+    message = harm(llm)
     start = time.monotonic()
     for stream in streams:
         with pytest.raises(EngineDeadError, match=message) as failure:
@@ -262,9 +292,10 @@ def test_a_shard_that_dies_while_it_starts(engine_pool, model_paths: dict[str, P
     config = EngineConfig(model=source.path, device="cpu", skip_tokenizer_init=True, **WHOLE)
 
     def kill(_: object) -> None:
-        for process in psutil.process_iter(["cmdline"]):
-            if process.info["cmdline"] and process.info["cmdline"][0] == "ray::Shard.load":
-                process.kill()
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if process.cmdline()[:1] and process.cmdline()[0].startswith("ray::Shard"):
+                    process.kill()
 
     with pytest.raises(EngineDeadError, match="failed to start: a shard died; Ray's logs"):
         Engine(config, source, progress=False, report=kill)
