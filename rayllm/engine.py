@@ -65,7 +65,7 @@ class Engine:
         self._own_group: PlacementGroup | None = None
         self._report = report
         self._num_starts = 0
-        self._is_closed = False
+        self._is_final = False
         self._recovery = asyncio.Lock()
         self._driver: Any = None
         self._ended: Any = None
@@ -154,7 +154,7 @@ class Engine:
     @property
     def trouble(self) -> str | None:
         """Why it answers nothing any more; None also while it is dead but may be started again."""
-        return self._death if self._is_closed or self._num_starts > MAX_RESTARTS else None
+        return self._death if self._is_final or self._num_starts > MAX_RESTARTS else None
 
     def stats(self) -> EngineStats:
         stats: EngineStats = ray.get(self._driver.stats.remote())
@@ -189,15 +189,23 @@ class Engine:
     async def recover(self) -> bool:
         """Starts driver and shards again where they were, unless that has been done, or was done too often."""
         async with self._recovery:
-            if self._death is not None and self.trouble is None:
+            while self._death is not None and self.trouble is None:
                 logger.warning("%s: the engine is started again", self._death)
                 self._stop(timeout_s=0)
                 self._clients = {}
-                loop = asyncio.get_running_loop()
-                self.info = await loop.run_in_executor(None, self._start, self._report)
-                if not self._is_closed:
-                    self._death = None
+                try:
+                    self.info = await asyncio.get_running_loop().run_in_executor(None, self._start_again)
+                    self._death = self._death if self._is_final else None
+                except EngineDeadError as error:
+                    self._death = str(error)
             return self._death is None
+
+    def _start_again(self) -> EngineInfo:
+        timeout_s = self.config.placement_timeout_s
+        if not self._group.wait(timeout_s):  # a node has left
+            self._is_final = True
+            raise EngineDeadError(f"the cluster had no place for the engine within {timeout_s:g} s")
+        return self._start(self._report)
 
     async def check(self) -> EngineStats:
         """What the driver counts; raises `EngineDeadError` if it, or a shard, is dead or stuck.
@@ -279,7 +287,7 @@ class Engine:
 
     def close(self) -> None:
         """Frees everything: actors, resources, and Ray if this engine started it. May be called twice."""
-        self._is_closed = True
+        self._is_final = True
         self._fail("the engine was closed")
         self._stop(STOP_TIMEOUT_S)
         if self._own_group is not None:

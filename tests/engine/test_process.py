@@ -89,11 +89,10 @@ def test_an_engine_is_started_again(
     reference,
     rng,
     caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
     harm: Callable[[LLM], str],
     tensor_parallel_size: int,
 ):
-    """Its requests go on where they were, whatever happened to it; when that was too often, they fail at once."""
+    """Its requests go on where they were, whatever happened to it."""
     llm = own_engine(tensor_parallel_size, step_timeout_s=1.5)
     pids = pids_of(llm)
     prompts = [[rng.randrange(199)] for _ in range(3)]
@@ -106,12 +105,16 @@ def test_an_engine_is_started_again(
     assert re.search(f"{message}.*: the engine is started again", caplog.text)
     eventually(lambda: not any(map(is_alive, pids)), seconds=10, what="the first processes' end")
 
-    monkeypatch.setattr(rayllm.engine, "MAX_RESTARTS", 1)
+
+def test_an_engine_that_dies_too_often(own_engine, rng, monkeypatch: pytest.MonkeyPatch):
+    """All its requests fail at once, each with one line, and nothing is left."""
+    monkeypatch.setattr(rayllm.engine, "MAX_RESTARTS", 0)
+    llm = own_engine(2)
     pids = pids_of(llm)
-    streams = [llm.stream(prompt, greedy(None)) for prompt in prompts]
+    streams = [llm.stream([rng.randrange(199)], greedy(None)) for _ in range(3)]
     for stream in streams:
         next(stream)
-    message = harm(llm)
+    message = kill_shard(llm)
     start = time.monotonic()
     for stream in streams:
         with pytest.raises(EngineDeadError, match=message) as failure:
