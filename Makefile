@@ -14,7 +14,7 @@ demo: export PROMPT := $(PROMPT)
 test: install model check
 	$(VENV)/bin/python -m pytest
 
-# with those that take most of a minute each
+# with those that take longest
 test-all: install model check
 	$(VENV)/bin/python -m pytest -m "not gpu"
 

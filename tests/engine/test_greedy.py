@@ -46,6 +46,7 @@ def test_smollm2(engines, reference):
     assert {result["finish_reason"] for result in results} == {"length"}
 
 
+@pytest.mark.slow
 def test_smollm2_on_three_shards(engines, reference):
     """9 query heads, 3 KV heads; each shard reads its third of the file and needs a third of the weights' memory."""
     whole = engines("smollm2", **SMOLLM2)

@@ -92,7 +92,7 @@ def split(body: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in body.items() if k != "ignore_eos"} | {"extra_body": {"ignore_eos": True}}
 
 
-@pytest.mark.parametrize("name", [REPLICA, SHARD])
+@pytest.mark.parametrize("name", [REPLICA, pytest.param(SHARD, marks=pytest.mark.slow)])
 def test_a_killed_process(service: Service, name: str):
     """Streams go on after a pause; requests meanwhile are answered late or refused at once; /health tells."""
     stream = LongStream(service)
