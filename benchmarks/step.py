@@ -23,38 +23,40 @@ PROMPT_LEN = 256
 
 
 async def measure(llm: AsyncLLM, kind: str, num_decodes: int, num_tokens: int, prompts: list[list[int]]) -> None:
-    """Steps between the moment when `num_decodes` sequences decode, and the end of the first of their `num_tokens`
-    tokens or, if there are such, of `prompts`, which come one after the other."""
+    """Steps from when `num_decodes` sequences decode until one of them has `num_tokens` tokens or, if there are such,
+    until `prompts` are computed, one after the other. The sequences go on decoding all the while."""
     rng = random.Random()
-    ready = [asyncio.Event() for _ in range(num_decodes)]
+    decoding, enough = asyncio.Barrier(num_decodes + 1), asyncio.Event()
 
-    async def decode(index: int) -> None:
-        prompt = [rng.randrange(10000) for _ in range(PROMPT_LEN)]
-        try:
-            async for _ in llm.generate(prompt, SamplingParams(ignore_eos=True, max_tokens=num_tokens)):
-                ready[index].set()
-        finally:
-            ready[index].set()
+    async def decode() -> None:
+        prompt, num_got = [rng.randrange(10000) for _ in range(PROMPT_LEN)], 0
+        async for increment in llm.generate(prompt, SamplingParams(ignore_eos=True, max_tokens=2 * num_tokens)):
+            if not num_got:
+                await decoding.wait()
+            num_got += len(increment.token_ids)
+            if num_got >= num_tokens:
+                enough.set()
 
     async def compute_prompts() -> None:
         for prompt in prompts:
             async for _ in llm.generate(prompt, SamplingParams(ignore_eos=True, max_tokens=1)):
                 pass
 
-    decodes = [asyncio.create_task(decode(index)) for index in range(num_decodes)]
-    for event in ready:
-        await event.wait()
+    async def measured() -> tuple[EngineStats, EngineStats]:
+        await decoding.wait()
+        before = await llm.engine.check()
+        await (compute_prompts() if prompts else enough.wait())
+        return before, await llm.engine.check()
+
+    decodes = [asyncio.create_task(decode()) for _ in range(num_decodes)]
+    stats = asyncio.create_task(measured())
+    await asyncio.wait([stats, *decodes], return_when=asyncio.FIRST_COMPLETED)
     for task in decodes:
         if task.done():
             task.result()  # what went wrong
-    before = await llm.engine.check()
-    limits = [asyncio.create_task(compute_prompts())] if prompts else decodes
-    await asyncio.wait(limits, return_when=asyncio.FIRST_COMPLETED)
-    after = await llm.engine.check()
-    for task in decodes:
         task.cancel()
     await asyncio.gather(*decodes, return_exceptions=True)
-    print(json.dumps(line(kind, before, after)), flush=True)
+    print(json.dumps(line(kind, *await stats)), flush=True)
 
 
 def line(kind: str, before: EngineStats, after: EngineStats) -> dict[str, Any]:
