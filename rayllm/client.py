@@ -175,8 +175,8 @@ class Client:
                         if increment.finish_reason:
                             continue
                     if stream.call.done() and (error := stream.call.exception()):
-                        is_stuck = len(stream.choice.token_ids) == stream.num_known
-                        failures = stream.num_failures + 1 if is_stuck else 0
+                        has_gone_on = len(stream.choice.token_ids) > stream.num_known
+                        failures = 0 if has_gone_on else stream.num_failures + 1
                         if not isinstance(error, EngineDeadError) or failures == MAX_FAILURES:
                             raise error
                         if not await self._link.recover():

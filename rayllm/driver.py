@@ -49,6 +49,9 @@ logger = logging.getLogger("rayllm")
 MAX_STEPS_IN_FLIGHT = 2
 """One that the shards execute, one that waits for them."""
 
+COMPILATION_S = 60.0
+"""The first step may take so much longer than others."""
+
 SHARD_STOP_TIMEOUT_S = 2.0
 """Longest wait for shards that were told to stop; one that hangs is killed with the driver."""
 
@@ -102,8 +105,8 @@ class Driver:
         self._num_steps = self._num_sequences = 0
         self._driver_s = 0.0
         self._times = StepTimes()
-        self._last_progress: float | None = None
-        """When something last came of the steps in flight; None until the first is answered, which may compile."""
+        self._last_progress = time.monotonic()
+        """When something last came of the steps in flight."""
 
     def start(self, placement_group: PlacementGroup, owner: Address) -> EngineInfo:
         """Makes the shards, all at once; returns when they can execute steps. `owner` is the owner's inbox."""
@@ -182,7 +185,7 @@ class Driver:
             num_pruned_blocks=scheduler.num_pruned_blocks,
             driver_s=self._driver_s,
             times=self._times,
-            stalled_s=time.monotonic() - self._last_progress if self._last_progress and scheduler.in_flight else 0.0,
+            stalled_s=time.monotonic() - self._last_progress if scheduler.in_flight else 0.0,
             time_s=time.monotonic(),
         )
 
@@ -194,8 +197,8 @@ class Driver:
             while running:
                 step, began = None, time.perf_counter()
                 if len(self.scheduler.in_flight) < MAX_STEPS_IN_FLIGHT and (step := self.scheduler.schedule()):
-                    if self._last_progress and len(self.scheduler.in_flight) == 1:
-                        self._last_progress = time.monotonic()
+                    if len(self.scheduler.in_flight) == 1:
+                        self._last_progress = time.monotonic() + (0 if self._num_steps else COMPILATION_S)
                     self._num_steps += 1
                     for sender in self._senders:
                         sender.send(step)

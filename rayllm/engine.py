@@ -66,7 +66,7 @@ class Engine:
         self._report = report
         self._num_starts = 0
         self._is_final = False
-        self._recovery = asyncio.Lock()
+        self._recovery: asyncio.Task[None] | None = None
         self._driver: Any = None
         self._ended: Any = None
         """An object reference that resolves when the driver has stopped, and raises if it died."""
@@ -188,17 +188,21 @@ class Engine:
 
     async def recover(self) -> bool:
         """Starts driver and shards again where they were, unless that has been done, or was done too often."""
-        async with self._recovery:
-            while self._death is not None and self.trouble is None:
-                logger.warning("%s: the engine is started again", self._death)
-                self._stop(timeout_s=0)
-                self._clients = {}
-                try:
-                    self.info = await asyncio.get_running_loop().run_in_executor(None, self._start_again)
-                    self._death = self._death if self._is_final else None
-                except EngineDeadError as error:
-                    self._death = str(error)
-            return self._death is None
+        if self._recovery is None or self._recovery.done():
+            self._recovery = asyncio.get_running_loop().create_task(self._recover())
+        await asyncio.shield(self._recovery)  # who no longer waits leaves it to the others
+        return self._death is None
+
+    async def _recover(self) -> None:
+        while self._death is not None and self.trouble is None:
+            logger.warning("%s: the engine is started again", self._death)
+            self._stop(timeout_s=0)
+            self._clients = {}
+            try:
+                self.info = await asyncio.get_running_loop().run_in_executor(None, self._start_again)
+                self._death = self._death if self._is_final else None
+            except EngineDeadError as error:
+                self._death = str(error)
 
     def _start_again(self) -> EngineInfo:
         timeout_s = self.config.placement_timeout_s

@@ -80,7 +80,11 @@ def make_prompts(rng: random.Random) -> list[list[int]]:
 @pytest.mark.parametrize(
     ("name", "tensor_parallel_size", "config"),
     [
-        pytest.param(name, size, config, id=f"{name}-{size}-{kind}")
+        pytest.param(
+            *(name, size, config),
+            id=f"{name}-{size}-{kind}",
+            marks=[pytest.mark.slow] if kind == "uncached" and name != "llama" else [],
+        )
         for size in (1, 2)
         for name in ("llama", "qwen2", "qwen3")
         for kind, config in (("uncached", UNCACHED), ("tight", TIGHT))

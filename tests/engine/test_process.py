@@ -83,7 +83,10 @@ def freeze_shard(llm: LLM) -> str:
     return "the shards have not answered a step for"
 
 
-@pytest.mark.parametrize(("harm", "tensor_parallel_size"), [(kill_shard, 2), (kill_driver, 1), (freeze_shard, 1)])
+@pytest.mark.parametrize(
+    ("harm", "tensor_parallel_size"),
+    [(kill_shard, 2), (kill_driver, 1), pytest.param(freeze_shard, 1, marks=pytest.mark.slow)],
+)
 def test_an_engine_is_started_again(
     own_engine,
     reference,

@@ -156,6 +156,7 @@ def test_prefixes_keep_to_their_engine(tiny: Service, pair: Service, rng: random
     assert shares(before, sequences(pair))[0] <= 0.65
 
 
+@pytest.mark.slow
 def test_a_hot_prefix_spills_over(pair: Service, rng: random.Random):
     hot = prompt_of(rng, PREFIX)
     bodies = [{"prompt": (hot if i % 5 else prompt_of(rng, PREFIX)) + [i], "max_tokens": 16} for i in range(150)]
@@ -164,6 +165,7 @@ def test_a_hot_prefix_spills_over(pair: Service, rng: random.Random):
     assert shares(before, sequences(pair))[0] <= 0.65
 
 
+@pytest.mark.slow
 def test_sessions_keep_to_their_engine(pair: Service, rng: random.Random):
     """Whatever they ask, over HTTP or a handle, and whichever process serves them."""
     time.sleep(2 * REFRESH_S)  # the load of the test before is forgotten

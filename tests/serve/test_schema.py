@@ -45,7 +45,7 @@ def test_answers_are_as_described(service: Service, described: Any, method: str,
     if mode is GenerationMode.NEGATIVE and not operation.body:
         pytest.skip("nothing can be wrong")
 
-    @settings(max_examples=60 if method == "POST" else 5, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=30 if method == "POST" else 5, deadline=None, suppress_health_check=list(HealthCheck))
     @given(case=operation.as_strategy(generation_mode=mode))
     def check(case: Any) -> None:
         if mode is GenerationMode.POSITIVE and method == "POST" and (case.body.get("n") or 0) > 3:
