@@ -148,9 +148,9 @@ def test_prefixes_keep_to_their_engine(tiny: Service, pair: Service, rng: random
     """Twenty prefixes, repeated: nearly the hit rate of one engine that sees all, and the load is shared."""
     prefixes = [prompt_of(rng, PREFIX) for _ in range(20)]
     bodies = [{"prompt": prefix + prompt_of(rng, 8), "max_tokens": 8} for _ in range(6) for prefix in prefixes]
-    best = hit_rate(ask_all(tiny, bodies, at_once=16))
+    best = hit_rate(ask_all(tiny, bodies, at_once=8))
     before = sequences(pair)
-    routed = hit_rate(ask_all(pair, bodies, at_once=16))
+    routed = hit_rate(ask_all(pair, bodies, at_once=8))
     assert best > 0.75
     assert routed >= 0.9 * best
     assert shares(before, sequences(pair))[0] <= 0.65
