@@ -29,10 +29,12 @@ async def measure(llm: AsyncLLM, kind: str, num_decodes: int, num_tokens: int, p
     decoding, enough = asyncio.Barrier(num_decodes + 1), asyncio.Event()
 
     async def decode() -> None:
-        prompt, num_got = [rng.randrange(10000) for _ in range(PROMPT_LEN)], 0
-        async for increment in llm.generate(prompt, SamplingParams(ignore_eos=True, max_tokens=2 * num_tokens)):
-            if not num_got:
+        prompt, num_got = [rng.randrange(10000) for _ in range(PROMPT_LEN)], -1
+        async for increment in llm.generate(prompt, SamplingParams(ignore_eos=True, max_tokens=2 * num_tokens + 512)):
+            if num_got < 0:
                 await decoding.wait()
+                num_got = 0
+                continue
             num_got += len(increment.token_ids)
             if num_got >= num_tokens:
                 enough.set()
@@ -54,6 +56,7 @@ async def measure(llm: AsyncLLM, kind: str, num_decodes: int, num_tokens: int, p
     for task in decodes:
         if task.done():
             task.result()  # what went wrong
+            raise SystemExit("Error: a sequence ended before the steps were measured: tokens must be larger")
         task.cancel()
     await asyncio.gather(*decodes, return_exceptions=True)
     print(json.dumps(line(kind, *await stats)), flush=True)

@@ -11,7 +11,7 @@ import socket
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any
 
 import ray
@@ -46,15 +46,23 @@ def run(options: argparse.Namespace) -> None:
     # has imported Serve before: its own handles are to work without an event loop.
     os.environ.setdefault("RAY_SERVE_THROUGHPUT_OPTIMIZED", "1")
     arguments = {name: getattr(part, name) for part in (config, model) for name in part.names()}
-    found = ThreadPoolExecutor(1).submit(find_models, arguments)  # takes seconds, as does Ray
+    found: Future[Any] = Future()
+
+    def find() -> None:
+        try:
+            found.set_result(find_models(arguments))
+        except Exception as error:
+            found.set_exception(error)
+
+    threading.Thread(target=find, daemon=True).start()  # it takes seconds, as does Ray
     started_ray = placement.connect(options.address, min_cpus=num_shards)
     stopped = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):  # after Ray, which sets its own
         signal.signal(number, lambda *_: stopped.set())
     try:
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
-        if found.done():
-            found.result()  # raises, if it did
+        if found.done() or not started_ray:
+            found.result()  # raises, before Serve starts where it would stay
         _start_serve(options.host, options.port)
         app = bind(*found.result())
         serve.run_many([serve.RunTarget(app, name=APP, route_prefix="/")], wait_for_applications_running=False)

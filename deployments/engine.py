@@ -81,10 +81,10 @@ class EngineReplica:
                 f"placement_group_bundles must be {bundles_of(model)}, not {reserved}: shards have whole GPUs, as many "
                 "as tensor_parallel_size says; leave placement_group_bundles out"
             )
-        start = lambda: Engine(  # noqa: E731
-            engine_config(model), source, progress=False, placement_group=group, report=self._report
+        own = {"placement_group": group, "report": self._report, "max_restarts": 0}  # Serve restarts the replica
+        self.engine = await loop.run_in_executor(
+            None, lambda: Engine(engine_config(model), source, progress=False, **own)
         )
-        self.engine = await loop.run_in_executor(None, start)
         self._capacity = self.engine.info.num_blocks * model.block_size
         queued = model.max_queued_tokens
         self._max_tokens = self._capacity + (4 * self._capacity if queued is None else queued)

@@ -25,8 +25,6 @@ Prompt = str | Sequence[int] | Sequence[dict[str, Any]]
 """Text, token ids, or chat messages."""
 
 
-MAX_FAILURES = 3
-"""Engines that may die, one after the other, while a choice gets no token from them: perhaps they die of it."""
 READERS_AT_ONCE = 16
 """Of new tokens."""
 TURNS = 4
@@ -56,10 +54,6 @@ class Stream:
     sequence: int
     call: asyncio.Future[None]
     """Of `Link.answer`."""
-    num_known: int
-    """Output tokens when it began: another engine had brought them."""
-    num_failures: int
-    """Engines that died before it, and brought none."""
 
 
 class Client:
@@ -175,14 +169,13 @@ class Client:
                         if increment.finish_reason:
                             continue
                     if stream.call.done() and (error := stream.call.exception()):
-                        has_gone_on = len(stream.choice.token_ids) > stream.num_known
-                        failures = 0 if has_gone_on else stream.num_failures + 1
-                        if not isinstance(error, EngineDeadError) or failures == MAX_FAILURES:
+                        if not isinstance(error, EngineDeadError) or not await self._link.recover():
                             raise error
-                        if not await self._link.recover():
-                            raise error
+                        if stream.choice.has_news:  # perhaps its last
+                            changed.set()
+                            continue
                         self._stop(stream)
-                        streams[streams.index(stream)] = self._start(stream.choice, changed, cache_salt, failures)
+                        streams[streams.index(stream)] = self._start(stream.choice, changed, cache_salt)
         finally:
             for stream in streams:
                 self._stop(stream)
@@ -201,7 +194,7 @@ class Client:
             for i in range(params.n)
         ]
 
-    def _start(self, choice: Choice, changed: asyncio.Event, cache_salt: str | None, num_failures: int = 0) -> Stream:
+    def _start(self, choice: Choice, changed: asyncio.Event, cache_salt: str | None) -> Stream:
         sequence = self._next_sequence
         self._next_sequence += 1
         message = NewSequence(
@@ -214,9 +207,8 @@ class Client:
         )
         call = asyncio.ensure_future(self._link.answer(self._address, message))
         call.add_done_callback(lambda call: changed.set() if call.cancelled() or call.exception() else None)
-        stream = Stream(choice, changed, sequence, call, len(choice.token_ids), num_failures)
-        self._streams[sequence] = stream
-        return stream
+        self._streams[sequence] = Stream(choice, changed, sequence, call)
+        return self._streams[sequence]
 
     def _stop(self, stream: Stream) -> None:
         stream.call.cancel()  # nothing if it has ended

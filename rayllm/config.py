@@ -101,7 +101,7 @@ class EngineConfig(Options):
     enforce_eager: bool = option(False, "no CUDA graphs")
     seed: int = option(0, "of the seeds drawn for requests that bring none")
     step_timeout_s: float | None = option(
-        None, "a step that takes longer, in seconds, means a stuck engine, which is replaced; default: GPU 10, CPU 60"
+        None, "a step that takes longer, in seconds, means a stuck engine, which is replaced; default: GPU 10, CPU 300"
     )
     placement_timeout_s: float = option(600.0, "longest wait for the cluster to provide the resources, in seconds")
 
@@ -152,7 +152,7 @@ class EngineConfig(Options):
             device=device,  # type: ignore[arg-type]
             dtype=dtype,
             max_model_len=self.max_model_len or model_max_len,
-            step_timeout_s=self.step_timeout_s or (10.0 if device == "cuda" else 60.0),
+            step_timeout_s=self.step_timeout_s or (10.0 if device == "cuda" else 300.0),
             max_num_batched_tokens=self.max_num_batched_tokens
             or max(self.max_num_seqs + window, 8192 if device == "cuda" else 1024),
         )

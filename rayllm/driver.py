@@ -87,7 +87,7 @@ class EngineStats:
     times: StepTimes
     """Of all steps."""
     stalled_s: float
-    """How long the oldest step in flight has been waited for."""
+    """How long the oldest step in flight has been waited for, a first step's time to compile not counted."""
     time_s: float
     """When this was so, by the driver's monotonic clock."""
 
@@ -106,7 +106,7 @@ class Driver:
         self._driver_s = 0.0
         self._times = StepTimes()
         self._last_progress = time.monotonic()
-        """When something last came of the steps in flight."""
+        """When something last came of the steps in flight; `COMPILATION_S` later for the first."""
 
     def start(self, placement_group: PlacementGroup, owner: Address) -> EngineInfo:
         """Makes the shards, all at once; returns when they can execute steps. `owner` is the owner's inbox."""
@@ -185,7 +185,7 @@ class Driver:
             num_pruned_blocks=scheduler.num_pruned_blocks,
             driver_s=self._driver_s,
             times=self._times,
-            stalled_s=time.monotonic() - self._last_progress if scheduler.in_flight else 0.0,
+            stalled_s=max(0.0, time.monotonic() - self._last_progress) if scheduler.in_flight else 0.0,
             time_s=time.monotonic(),
         )
 

@@ -50,11 +50,12 @@ class Engine:
         progress: bool = True,
         placement_group: PlacementGroup | None = None,
         report: Callable[[Progress], None] | None = None,
+        max_restarts: int | None = None,
     ):
         """`address`: of a Ray cluster; None uses the one this process is in, or else starts Ray here.
 
         `placement_group`: resources that are reserved already, for a configuration whose device is decided.
-        `progress` is shown on stderr, or else told to `report`.
+        `progress` is shown on stderr, or else told to `report`. `max_restarts`: default `MAX_RESTARTS`.
         """
         started = time.monotonic()
         self.source = source
@@ -64,6 +65,7 @@ class Engine:
         self._started_ray = placement.connect(address, min_cpus=config.tensor_parallel_size)
         self._own_group: PlacementGroup | None = None
         self._report = report
+        self._max_restarts = MAX_RESTARTS if max_restarts is None else max_restarts
         self._num_starts = 0
         self._is_final = False
         self._recovery: asyncio.Task[None] | None = None
@@ -154,7 +156,7 @@ class Engine:
     @property
     def trouble(self) -> str | None:
         """Why it answers nothing any more; None also while it is dead but may be started again."""
-        return self._death if self._is_final or self._num_starts > MAX_RESTARTS else None
+        return self._death if self._is_final or self._num_starts > self._max_restarts else None
 
     def stats(self) -> EngineStats:
         stats: EngineStats = ray.get(self._driver.stats.remote())
@@ -201,8 +203,9 @@ class Engine:
             try:
                 self.info = await asyncio.get_running_loop().run_in_executor(None, self._start_again)
                 self._death = self._death if self._is_final else None
-            except EngineDeadError as error:
-                self._death = str(error)
+            except Exception as error:  # a replacement node may lack the model, say
+                self._is_final = self._is_final or not isinstance(error, EngineDeadError)
+                self._death = str(error) or type(error).__name__
 
     def _start_again(self) -> EngineInfo:
         timeout_s = self.config.placement_timeout_s

@@ -58,6 +58,11 @@ class Choice:
         """Text that may be the beginning of a stop string."""
         self._num_tokens = 0
 
+    @property
+    def has_news(self) -> bool:
+        """Whether `take` would return something."""
+        return bool(self._updates)
+
     def add(self, update: SequenceUpdate) -> None:
         self._updates.append(update)
         self.token_ids += update.token_ids
