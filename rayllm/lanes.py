@@ -34,8 +34,6 @@ class Lanes:
         self.prompt_logprobs = np.full(rows, -1)
         self.is_filtered = np.zeros(rows, bool)
         """top_k, top_p or min_p is used."""
-        self.num_ranked = np.zeros(rows, np.int64)
-        """How many of the likeliest tokens must be put in order for that: top_k, `FOREVER` for top_p alone."""
         self.is_penalized = np.zeros(rows, bool)
         self.is_biased = np.zeros(rows, bool)
 
@@ -78,7 +76,6 @@ class Lanes:
         self.logprobs[lanes] = [-1 if p.logprobs is None else p.logprobs for p in params]
         self.prompt_logprobs[lanes] = [-1 if s.prompt_logprobs is None else s.prompt_logprobs for s in starts]
         self.is_filtered[lanes] = [p.top_k > 0 or p.top_p < 1 or p.min_p > 0 for p in params]
-        self.num_ranked[lanes] = [p.top_k if p.top_k > 0 else FOREVER if p.top_p < 1 else 0 for p in params]
         self.is_penalized[lanes] = [
             p.repetition_penalty != 1 or p.presence_penalty != 0 or p.frequency_penalty != 0 for p in params
         ]

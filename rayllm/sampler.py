@@ -76,9 +76,7 @@ class Sampler:
         if state.is_penalized[lanes].any():
             processed = self._penalize(processed, rows, positions, int(state.num_tokens[lanes].max()) - 1)
         if state.is_filtered[lanes].any():
-            limits = state.top_k[rows], state.top_p[rows], state.min_p[rows]
-            num_ranked = min(int(state.num_ranked[lanes].max()), self.vocab_size)
-            processed = _filter(processed, temperature, *limits, num_ranked)
+            processed = _filter(processed, temperature, state.top_k[rows], state.top_p[rows], state.min_p[rows])
         token_ids = self.tp.broadcast(sample_gumbel(processed, temperature, state.seeds[rows], index)[1])
         state.token_ids[rows, positions] = token_ids.int()
         num_logprobs = int(state.logprobs[lanes].max())
@@ -106,32 +104,19 @@ class Sampler:
 
 
 def _filter(
-    logits: torch.Tensor,
-    temperature: torch.Tensor,
-    top_k: torch.Tensor,
-    top_p: torch.Tensor,
-    min_p: torch.Tensor,
-    num_ranked: int,
+    logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor
 ) -> torch.Tensor:
-    """`logits` [S, V] with -inf for what min_p, top_k and top_p (Holtzman et al. 2020) leave out; arguments [S].
-
-    What is as likely as the last token that is kept, is kept. `num_ranked`: the largest top_k of rows that have one; V
-    if top_p stands alone in a row: then all must be sorted.
-    """
+    """`logits` [S, V] with -inf for what min_p, top_k and top_p (Holtzman et al. 2020) leave out; arguments [S]."""
     scaled = logits / torch.where(temperature > 0, temperature, 1)[:, None]
-    lowest = scaled.amax(1) + min_p.log()
-    if num_ranked:
-        is_all = num_ranked == logits.shape[1]
-        ranked = (scaled.sort(descending=True) if is_all else scaled.topk(num_ranked)).values
-        rank = torch.arange(num_ranked, device=logits.device)
-        k = torch.where(top_k > 0, top_k, num_ranked)[:, None]
-        is_candidate = (rank < k) & (ranked >= lowest[:, None])
-        probs = ranked.masked_fill(~is_candidate, -torch.inf).double().softmax(dim=1)
-        before = probs.cumsum(dim=1) - probs
-        num_kept = (is_candidate & ((before < top_p[:, None]) | (top_p >= 1)[:, None])).sum(dim=1, keepdim=True)
-        last = ranked.gather(1, num_kept.clamp(min=1) - 1)[:, 0]
-        lowest = torch.where((top_k > 0) | (top_p < 1), last, lowest)
-    return logits.masked_fill(scaled < lowest[:, None], -torch.inf)
+    scaled = scaled.masked_fill(scaled < scaled.amax(1, keepdim=True) + min_p.log()[:, None], -torch.inf)
+    ordered, order = scaled.sort(dim=1, descending=True, stable=True)
+    kth = torch.where(top_k > 0, top_k, logits.shape[1]).clamp(max=logits.shape[1]) - 1
+    ordered = ordered.masked_fill(ordered < ordered.gather(1, kth[:, None]), -torch.inf)
+    probs = ordered.softmax(dim=1)
+    before = probs.cumsum(dim=1) - probs
+    dropped = (ordered == -torch.inf) | (before >= top_p[:, None]) & (top_p < 1)[:, None]
+    dropped[:, 0] = False
+    return logits.masked_fill(torch.empty_like(dropped).scatter_(1, order, dropped), -torch.inf)
 
 
 def top_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, k: int) -> LogprobTensors:
