@@ -12,6 +12,7 @@ from rayllm_kernels import (
     Rope,
     compact_kv,
     decode_attention,
+    divide_decodes,
     prefill_attention,
     prefill_backend,
     rope_and_store,
@@ -142,23 +143,22 @@ class ModelRunner:
         """The whole of a step's computation; without pruning, a CUDA graph captures it as it is."""
         shape, n = inputs.shape, inputs.shape.num_decodes
         tables, kv_lens = inputs.block_tables, inputs.kv_lens
+        items = divide_decodes(kv_lens[:n], self.cache[0][0])
 
         def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rope: Rope) -> torch.Tensor:
             keys, values = self.cache[layer]
             # stored before attending: a block can be hit in this very step
             q = rope_and_store(q, k, v, rope, keys, values, inputs.slot_mapping)
+            out = None
             if shape.num_chunks:
                 chunks = (tables[n:], inputs.cu_seqlens_q, kv_lens[n:], shape.max_seqlen_q, shape.max_kv_len)
                 out = prefill_attention(q, keys, values, *chunks, self.scale)
                 if pruning is not None:
                     pruning.prune(q, keys, values, self.scale)
-            if n:
-                decoded = decode_attention(q[:n], keys, values, tables[:n], kv_lens[:n], self.scale, shape.max_kv_len)
-                if not shape.num_chunks:
-                    return decoded
-                # padding rows among the decode rows stand where chunks have their first tokens
-                out[:n] = decoded.where((kv_lens[:n] > 0)[:, None, None], out[:n])
-            return out
+            if n:  # padding rows among them, without keys, stand where chunks have their first tokens: left as they are
+                decodes = (q[:n], keys, values, tables[:n], kv_lens[:n], self.scale, shape.max_kv_len, items)
+                decoded = decode_attention(*decodes, out=None if out is None else out[:n])
+            return decoded if out is None else out
 
         hidden = self.model(inputs.token_ids, inputs.positions, attend)
         logits = self.model.compute_logits(hidden[inputs.sample_rows])

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from rayllm_kernels import sample_gumbel
+from rayllm_kernels import filter_logits, sample_gumbel
 
 from rayllm.lanes import Lanes
 from rayllm.parallel import TensorParallel
@@ -76,7 +76,8 @@ class Sampler:
         if state.is_penalized[lanes].any():
             processed = self._penalize(processed, rows, positions, int(state.num_tokens[lanes].max()) - 1)
         if state.is_filtered[lanes].any():
-            processed = _filter(processed, temperature, state.top_k[rows], state.top_p[rows], state.min_p[rows])
+            limits = state.top_k[rows], state.top_p[rows], state.min_p[rows]
+            processed = filter_logits(processed, temperature, *limits)
         token_ids = self.tp.broadcast(sample_gumbel(processed, temperature, state.seeds[rows], index)[1])
         state.token_ids[rows, positions] = token_ids.int()
         num_logprobs = int(state.logprobs[lanes].max())
@@ -101,22 +102,6 @@ class Sampler:
         repetition = state.repetition[rows][:, None]
         logits = logits.where(~seen, torch.where(logits > 0, logits / repetition, logits * repetition))
         return logits - state.frequency[rows][:, None] * counts - state.presence[rows][:, None] * (counts > 0)
-
-
-def _filter(
-    logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor
-) -> torch.Tensor:
-    """`logits` [S, V] with -inf for what min_p, top_k and top_p (Holtzman et al. 2020) leave out; arguments [S]."""
-    scaled = logits / torch.where(temperature > 0, temperature, 1)[:, None]
-    scaled = scaled.masked_fill(scaled < scaled.amax(1, keepdim=True) + min_p.log()[:, None], -torch.inf)
-    ordered, order = scaled.sort(dim=1, descending=True, stable=True)
-    kth = torch.where(top_k > 0, top_k, logits.shape[1]).clamp(max=logits.shape[1]) - 1
-    ordered = ordered.masked_fill(ordered < ordered.gather(1, kth[:, None]), -torch.inf)
-    probs = ordered.softmax(dim=1)
-    before = probs.cumsum(dim=1) - probs
-    dropped = (ordered == -torch.inf) | (before >= top_p[:, None]) & (top_p < 1)[:, None]
-    dropped[:, 0] = False
-    return logits.masked_fill(torch.empty_like(dropped).scatter_(1, order, dropped), -torch.inf)
 
 
 def top_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, k: int) -> LogprobTensors:

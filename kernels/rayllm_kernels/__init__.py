@@ -2,7 +2,8 @@
 FlashAttention-4, where it is installed), plain torch elsewhere. `<op>_reference` beside each specifies it."""
 
 from rayllm_kernels.activation import silu_and_mul
-from rayllm_kernels.decode_attention import decode_attention
+from rayllm_kernels.decode_attention import DecodeItems, decode_attention, divide_decodes
+from rayllm_kernels.filtering import filter_logits
 from rayllm_kernels.linear import linear, pack_weight
 from rayllm_kernels.norm import rms_norm
 from rayllm_kernels.prefill_attention import prefill_attention, prefill_backend
@@ -11,9 +12,12 @@ from rayllm_kernels.rope import Rope, rope_and_store
 from rayllm_kernels.sampling import gumbel_noise, sample_gumbel
 
 __all__ = [
+    "DecodeItems",
     "Rope",
     "compact_kv",
     "decode_attention",
+    "divide_decodes",
+    "filter_logits",
     "gumbel_noise",
     "linear",
     "pack_weight",

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from rayllm_kernels._triton import dependent_launch, gdc_launch_dependents, gdc_wait, jit, tl, triton
 
 _LOG2_E = 1.4426950408889634  # the kernels use powers of two, which the GPU computes directly
-_MAX_SPLITS = 128
 
 
 def decode_attention_reference(
@@ -22,12 +21,14 @@ def decode_attention_reference(
     kv_lens: torch.Tensor,
     scale: float,
     max_kv_len: int,
+    items: DecodeItems | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `decode_attention`. Gathers each sequence's keys, padded to `max_kv_len`, for torch's SDPA."""
     batch, num_heads, head_dim = q.shape
     _, block_size, num_kv_heads, _ = k_cache.shape
     # The query heads of a KV group are rows of one attention problem.
-    q = q.reshape(batch, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    grouped = q.reshape(batch, num_kv_heads, num_heads // num_kv_heads, head_dim)
     blocks = block_tables[:, : -(-max_kv_len // block_size)]
 
     def gather(cache: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -37,28 +38,94 @@ def decode_attention_reference(
     mask = torch.arange(max_kv_len, device=q.device) < kv_lens.unsqueeze(1)
     if mask.all():
         k, v = (gather(cache, blocks) for cache in (k_cache, v_cache))
-        return F.scaled_dot_product_attention(q, k, v, scale=scale).reshape(batch, num_heads, head_dim)
+        result = F.scaled_dot_product_attention(grouped, k, v, scale=scale).reshape(q.shape)
+        return result if out is None else out.copy_(result)
     slots = (blocks.unsqueeze(2) * block_size + torch.arange(block_size, device=q.device)).flatten(1)[:, :max_kv_len]
     # Past a sequence's end its first slot is read again: the table may hold garbage there, an unused slot NaN.
     slots = slots.where(mask, slots[:, :1] * mask[:, :1])
     k, v = (gather(cache.flatten(0, 1), slots) for cache in (k_cache, v_cache))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None], scale=scale)
-    return out.masked_fill_(~mask[:, 0, None, None, None], 0).reshape(batch, num_heads, head_dim)
+    result = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask[:, None, None], scale=scale).reshape(q.shape)
+    out = torch.empty_like(result) if out is None else out
+    return out.copy_(result.where(mask[:, :1, None], out))
 
 
 @jit
-def _split_size(kv_len, splits, min_split, TILE: tl.constexpr):
-    """Keys in each split of a sequence: whole tiles, never so few that a split costs more than it saves."""
-    return tl.cdiv(tl.maximum(tl.cdiv(kv_len, splits), min_split), TILE) * TILE
+def _divide_kernel(
+    kv_lens,
+    items,
+    batch,
+    num_items,
+    min_split,
+    ROUND: tl.constexpr,
+    BATCH_PADDED: tl.constexpr,
+    ITEMS: tl.constexpr,
+):
+    """Which keys each item attends to: sequences are cut into splits of one size, no more of them than there are items.
+
+    `ceil(n / size)` summed over the sequences is at most the sum of n / size plus the number of sequences.
+    """
+    seq = tl.arange(0, BATCH_PADDED)
+    kv_len = tl.load(kv_lens + seq, mask=seq < batch, other=0)
+    size = tl.maximum(tl.cdiv(tl.sum(kv_len), num_items - batch), min_split)
+    size = tl.cdiv(size, ROUND) * ROUND
+    count = tl.cdiv(kv_len, size)
+    item = tl.program_id(0) * ITEMS + tl.arange(0, ITEMS)
+    is_before = tl.cumsum(count)[None, :] <= item[:, None]
+    owner = tl.sum(is_before.to(tl.int32), axis=1)
+    first = tl.sum(tl.where(is_before, count[None, :], 0), axis=1)
+    mask = item < num_items
+    owner_len = tl.load(kv_lens + owner, mask=owner < batch, other=0)
+    start = (item - first) * size
+    tl.store(items + item, tl.where(owner < batch, owner, -1), mask=mask)
+    tl.store(items + num_items + item, start, mask=mask)
+    tl.store(items + 2 * num_items + item, tl.minimum(start + size, owner_len), mask=mask)
+    tl.store(items + 3 * num_items + item, first, mask=mask)
+    tl.store(items + 4 * num_items + item, tl.cdiv(owner_len, size), mask=mask)
 
 
-@jit(do_not_specialize=["table_stride", "splits", "min_split"])  # they change from step to step
+@jit
+def _combine(
+    out,
+    split_out,
+    split_lse,
+    first,
+    count,
+    first_head,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_PADDED: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """The outputs of a sequence's splits, items `first` and after, weighted by their log-sum-exps."""
+    dim = tl.arange(0, HEAD_DIM_PADDED)
+    for head in range(first_head, first_head + GROUP):
+        maximum = float("-inf")
+        total = 0.0
+        acc = tl.zeros((HEAD_DIM_PADDED,), tl.float32)
+        for start in range(0, count, PARTS):
+            part = start + tl.arange(0, PARTS)
+            row = (first + part).to(tl.int64) * HEADS + head
+            lse = tl.load(split_lse + row, mask=part < count, other=float("-inf"))
+            mask = (part < count)[:, None] & (dim < HEAD_DIM)[None, :]
+            outputs = tl.load(split_out + row[:, None] * HEAD_DIM + dim[None, :], mask=mask, other=0.0)
+            new_maximum = tl.maximum(maximum, tl.max(lse, axis=0))
+            shrink = tl.exp2(maximum - new_maximum)
+            weights = tl.exp2(lse - new_maximum)
+            total = total * shrink + tl.sum(weights, axis=0)
+            acc = acc * shrink + tl.sum(outputs * weights[:, None], axis=0)
+            maximum = new_maximum
+        tl.store(out + head * HEAD_DIM + dim, (acc / total).to(out.dtype.element_ty), mask=dim < HEAD_DIM)
+
+
+@jit(do_not_specialize=["table_stride", "num_items"])  # they change from step to step
 def _decode_kernel(
     q,
     k_cache,
     v_cache,
     block_tables,
-    kv_lens,
+    items,
+    arrivals,
     out,
     split_out,
     split_lse,
@@ -66,8 +133,7 @@ def _decode_kernel(
     q_stride_seq,
     q_stride_head,
     table_stride,
-    splits,
-    min_split,
+    num_items,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -75,28 +141,30 @@ def _decode_kernel(
     GROUP_PADDED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
+    PARTS: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """One split of one sequence's keys for the query heads of one KV head."""
+    """One item, a split of one sequence's keys, for the query heads of one KV head."""
+    kv_head, item = tl.program_id(0), tl.program_id(1)
+    seq = tl.load(items + item).to(tl.int64)  # older than the kernel before this one
+    start = tl.load(items + num_items + item)
+    end = tl.load(items + 2 * num_items + item)
+    first = tl.load(items + 3 * num_items + item)
+    count = tl.load(items + 4 * num_items + item)
     if DEPENDENT:
         gdc_wait()
         gdc_launch_dependents()
-    kv_head, seq, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    kv_len = tl.load(kv_lens + seq)
-    split_size = _split_size(kv_len, splits, min_split, TILE)
-    start = split * split_size
-    if (start >= kv_len) & (split > 0):  # split 0 of an empty sequence goes on, to write its zeros
+    if seq < 0:
         return
-    end = tl.minimum(start + split_size, kv_len)
 
     GROUP: tl.constexpr = HEADS // KV_HEADS
     row = tl.arange(0, GROUP_PADDED)[:, None]
     dim = tl.arange(0, HEAD_DIM_PADDED)[None, :]
     head = kv_head * GROUP + row
     q_mask = (row < GROUP) & (dim < HEAD_DIM)
-    query = tl.load(q + seq.to(tl.int64) * q_stride_seq + head * q_stride_head + dim, mask=q_mask, other=0.0)
+    query = tl.load(q + seq * q_stride_seq + head * q_stride_head + dim, mask=q_mask, other=0.0)
 
-    block_tables += seq.to(tl.int64) * table_stride
+    block_tables += seq * table_stride
     maximum = tl.full((GROUP_PADDED,), float("-inf"), tl.float32)
     total = tl.zeros((GROUP_PADDED,), tl.float32)
     acc = tl.zeros((GROUP_PADDED, HEAD_DIM_PADDED), tl.float32)
@@ -116,75 +184,72 @@ def _decode_kernel(
         total = total * shrink + tl.sum(weights, axis=1)
         acc = acc * shrink[:, None] + tl.dot(weights.to(value.dtype), value, input_precision="ieee")
         maximum = new_maximum
-    acc = acc / tl.where(total > 0, total, 1.0)[:, None]
+    acc = acc / total[:, None]
 
-    out_row = seq.to(tl.int64) * HEADS + head
-    if kv_len <= split_size:
-        tl.store(out + out_row * HEAD_DIM + dim, acc.to(out.dtype.element_ty), mask=q_mask)
+    out += seq * HEADS * HEAD_DIM
+    if count == 1:
+        tl.store(out + head * HEAD_DIM + dim, acc.to(out.dtype.element_ty), mask=q_mask)
     else:
-        out_row = out_row * splits + split
-        tl.store(split_out + out_row * HEAD_DIM + dim, acc, mask=q_mask)
-        tl.store(split_lse + out_row, (maximum + tl.log2(total))[:, None], mask=row < GROUP)
+        split_row = item.to(tl.int64) * HEADS + head
+        tl.store(split_out + split_row * HEAD_DIM + dim, acc, mask=q_mask)
+        tl.store(split_lse + split_row, (maximum + tl.log2(total))[:, None], mask=row < GROUP)
+        tl.debug_barrier()  # all threads have stored before one says so
+        arrivals += seq * KV_HEADS + kv_head
+        if tl.atomic_add(arrivals, 1, sem="acq_rel") == count - 1:  # the last split puts them all together
+            tl.store(arrivals, 0)
+            _combine(
+                out, split_out, split_lse, first, count, kv_head * GROUP, HEADS, GROUP, HEAD_DIM, HEAD_DIM_PADDED, PARTS
+            )
 
 
-@jit(do_not_specialize=["splits", "min_split"])
-def _combine_kernel(
-    split_out,
-    split_lse,
-    kv_lens,
-    out,
-    splits,
-    min_split,
-    HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    HEAD_DIM_PADDED: tl.constexpr,
-    SPLITS_PADDED: tl.constexpr,
-    TILE: tl.constexpr,
-    DEPENDENT: tl.constexpr,
-):
-    """The splits' outputs of one query head, weighted by their log-sum-exps."""
-    if DEPENDENT:
-        gdc_wait()
-        gdc_launch_dependents()
-    head, seq = tl.program_id(0), tl.program_id(1)
-    kv_len = tl.load(kv_lens + seq)
-    split_size = _split_size(kv_len, splits, min_split, TILE)
-    if kv_len <= split_size:  # its only split has written the output itself
-        return
-    out_row = seq.to(tl.int64) * HEADS + head
-    split = tl.arange(0, SPLITS_PADDED)
-    used = split * split_size < kv_len
-    lse = tl.load(split_lse + out_row * splits + split, mask=used, other=float("-inf"))
-    weights = tl.exp2(lse - tl.max(lse, axis=0))
-    weights = weights / tl.sum(weights, axis=0)
-    dim = tl.arange(0, HEAD_DIM_PADDED)
-    offsets = (out_row * splits + split)[:, None] * HEAD_DIM + dim[None, :]
-    parts = tl.load(split_out + offsets, mask=used[:, None] & (dim < HEAD_DIM)[None, :], other=0.0)
-    result = tl.sum(parts * weights[:, None], axis=0)
-    tl.store(out + out_row * HEAD_DIM + dim, result.to(out.dtype.element_ty), mask=dim < HEAD_DIM)
+class DecodeItems(NamedTuple):
+    """How the decode attention of one step is divided among programs, on the device; the same for all layers."""
+
+    items: torch.Tensor
+    """[5, N] int32: an item's sequence, −1 for none, its first key and the one after its last; the first item of that
+    sequence, and how many it has."""
+    arrivals: torch.Tensor
+    """[B, Hkv] int32: splits that have arrived; zeros before and after each layer."""
 
 
 class _Plan(NamedTuple):
-    splits: int  # of one sequence, at most
+    num_items: int
     min_split: int  # keys
     tile: int  # keys
     num_warps: int
 
 
-def _plan(pairs: int, max_kv_len: int, head_dim: int, dtype: torch.dtype) -> _Plan:
-    """How to launch for `pairs` of sequence and KV head.
-
-    About 2,048 programs fill the GPU. Large batches get several splits all the same, so that the GPU does not
-    wait at the end for one long sequence among short ones. Small tiles leave room for many programs on each
-    SM; with few programs each must have more in flight.
+def _plan(batch: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> _Plan:
+    """How to launch. About 2,048 programs fill the GPU; more of them than sequences, so that it does not wait at the
+    end for one long sequence among short ones. Small tiles leave room for many programs on each SM; with few programs
+    each must have more in flight.
     """
-    min_split = min(max(64, triton.next_power_of_2(pairs) // 2), 1024)
-    splits = min(max(8, 2048 // pairs), _MAX_SPLITS, triton.cdiv(max_kv_len, min_split))
+    pairs = batch * kv_heads
+    num_items = batch + max(batch, 2048 // kv_heads)
+    min_split = min(max(64, triton.next_power_of_2(pairs) // 2), 256)
     if dtype == torch.float32:  # no tensor cores: large tiles spill
-        return _Plan(splits, min_split, tile=16, num_warps=4)
+        return _Plan(num_items, min_split, tile=16, num_warps=4)
     if pairs >= 1024 or head_dim > 128:
-        return _Plan(splits, min_split, tile=32, num_warps=2)
-    return _Plan(splits, min_split, tile=64, num_warps=4)
+        return _Plan(num_items, min_split, tile=32, num_warps=2)
+    return _Plan(num_items, min_split, tile=64, num_warps=4)
+
+
+def _divide_triton(kv_lens: torch.Tensor, plan: _Plan, kv_heads: int) -> DecodeItems:
+    batch = len(kv_lens)
+    items = torch.empty(5, plan.num_items, dtype=torch.int32, device=kv_lens.device)
+    batch_padded = triton.next_power_of_2(batch)
+    chunk = max(1, min(128, 2**15 // batch_padded))
+    _divide_kernel[(triton.cdiv(plan.num_items, chunk),)](
+        kv_lens,
+        items,
+        batch,
+        plan.num_items,
+        plan.min_split,
+        ROUND=64,
+        BATCH_PADDED=batch_padded,
+        ITEMS=chunk,
+    )
+    return DecodeItems(items, torch.zeros(batch, kv_heads, dtype=torch.int32, device=kv_lens.device))
 
 
 def _decode_attention_triton(
@@ -195,55 +260,56 @@ def _decode_attention_triton(
     kv_lens: torch.Tensor,
     scale: float,
     max_kv_len: int,
+    items: DecodeItems | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     batch, heads, head_dim = q.shape
     block_size, kv_heads = k_cache.shape[1:3]
-    out = torch.empty(batch, heads, head_dim, dtype=q.dtype, device=q.device)
+    if out is None:
+        out = torch.empty(batch, heads, head_dim, dtype=q.dtype, device=q.device)
     if batch == 0:
         return out
-    plan = _plan(batch * kv_heads, max_kv_len, head_dim, q.dtype)
-    split_out = torch.empty(batch, heads, plan.splits, head_dim, dtype=torch.float32, device=q.device)
-    split_lse = torch.empty(batch, heads, plan.splits, dtype=torch.float32, device=q.device)
-    shared = {
-        "HEADS": heads,
-        "HEAD_DIM": head_dim,
-        "HEAD_DIM_PADDED": triton.next_power_of_2(head_dim),
-        "TILE": plan.tile,
-        **dependent_launch(q.device),
-    }
-    _decode_kernel[(kv_heads, batch, plan.splits)](
+    plan = _plan(batch, kv_heads, head_dim, q.dtype)
+    work, arrivals = items or _divide_triton(kv_lens, plan, kv_heads)
+    num_items = work.shape[1]
+    _decode_kernel[(kv_heads, num_items)](
         q,
         k_cache,
         v_cache,
         block_tables,
-        kv_lens,
+        work,
+        arrivals,
         out,
-        split_out,
-        split_lse,
+        torch.empty(num_items, heads, head_dim, dtype=torch.float32, device=q.device),
+        torch.empty(num_items, heads, dtype=torch.float32, device=q.device),
         scale * _LOG2_E,
         *q.stride()[:2],
         block_tables.stride(0),
-        plan.splits,
-        plan.min_split,
+        num_items,
+        HEADS=heads,
         KV_HEADS=kv_heads,
+        HEAD_DIM=head_dim,
+        HEAD_DIM_PADDED=triton.next_power_of_2(head_dim),
         GROUP_PADDED=max(16, triton.next_power_of_2(heads // kv_heads)),
         BLOCK_SIZE=block_size,
+        TILE=plan.tile,
+        PARTS=16,
         num_warps=plan.num_warps,
         num_stages=2,
-        **shared,
+        **dependent_launch(q.device),
     )
-    if plan.splits > 1:
-        _combine_kernel[(heads, batch)](
-            split_out,
-            split_lse,
-            kv_lens,
-            out,
-            plan.splits,
-            plan.min_split,
-            SPLITS_PADDED=16 if plan.splits <= 16 else _MAX_SPLITS,
-            **shared,
-        )
     return out
+
+
+def divide_decodes(kv_lens: torch.Tensor, k_cache: torch.Tensor) -> DecodeItems | None:
+    """What `decode_attention` shares among the layers of a step with `kv_lens` [B] int32; None where it needs nothing.
+
+    `k_cache` is any layer's. On CUDA the launch depends on shapes alone.
+    """
+    if not kv_lens.is_cuda or not len(kv_lens):
+        return None
+    kv_heads, head_dim = k_cache.shape[2:]
+    return _divide_triton(kv_lens, _plan(len(kv_lens), kv_heads, head_dim, k_cache.dtype), kv_heads)
 
 
 def decode_attention(
@@ -254,16 +320,20 @@ def decode_attention(
     kv_lens: torch.Tensor,
     scale: float,
     max_kv_len: int,
+    items: DecodeItems | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """softmax(q · Kᵀ · scale) · V over each sequence's cached keys; the newest token's are already stored.
 
     q: [B, Hq, D], contiguous along D. k_cache, v_cache: [num_blocks, block_size, Hkv, D], contiguous.
-    block_tables: [B, max_blocks] int32, anything past a sequence's end. kv_lens: [B] int32; 0 gives zeros.
-    max_kv_len: an upper bound of `kv_lens` known to the host, at most max_blocks · block_size. Returns
-    [B, Hq, D] in q's dtype.
+    block_tables: [B, max_blocks] int32, anything past a sequence's end. kv_lens: [B] int32. max_kv_len: an upper
+    bound of `kv_lens` known to the host, at most max_blocks · block_size. items: from `divide_decodes`, by default
+    made here. Returns [B, Hq, D] in q's dtype, in `out` if that is given, contiguous; a sequence without keys leaves
+    its row there as it was.
 
-    On CUDA the launch depends on nothing but the arguments' shapes and `max_kv_len`, so that a graph can
-    capture it: FlashDecoding (pytorch.org/blog/flash-decoding), with splits that follow the lengths.
+    On CUDA the launch depends on nothing but the arguments' shapes, so that a graph can capture it: FlashDecoding
+    (pytorch.org/blog/flash-decoding), with splits of one size for all sequences, and the last of a sequence's splits
+    to end combines them.
     """
     op = _decode_attention_triton if q.is_cuda else decode_attention_reference
-    return op(q, k_cache, v_cache, block_tables, kv_lens, scale, max_kv_len)
+    return op(q, k_cache, v_cache, block_tables, kv_lens, scale, max_kv_len, items, out)

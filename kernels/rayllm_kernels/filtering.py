@@ -1,0 +1,156 @@
+"""What top_k, top_p and min_p leave of the vocabulary."""
+
+# mypy: allow-untyped-defs
+from __future__ import annotations
+
+import torch
+
+from rayllm_kernels._triton import jit, tl
+
+_BLOCK = 1024  # vocabulary ids that a program looks at together
+_WAYS = 8  # parts into which each pass cuts what may be the limit
+
+
+def filter_logits_reference(
+    logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor
+) -> torch.Tensor:
+    """See `filter_logits`. Puts no more tokens in order than the largest top_k, unless top_p stands alone in a row."""
+    vocab_size = logits.shape[1]
+    scale = torch.where(temperature > 0, temperature, 1)
+    lowest = logits.amax(1) + scale * min_p.log()
+    most = int(torch.where(top_k > 0, top_k, torch.where(top_p < 1, vocab_size, 0)).max()) if len(logits) else 0
+    if most := min(most, vocab_size):
+        ranked = (logits.sort(descending=True) if most == vocab_size else logits.topk(most)).values
+        rank = torch.arange(most, device=logits.device)
+        k = torch.where(top_k > 0, top_k, most)[:, None]
+        is_candidate = (rank < k) & (ranked >= lowest[:, None])
+        probs = (ranked.double() / scale[:, None]).masked_fill(~is_candidate, -torch.inf).softmax(dim=1)
+        before = probs.cumsum(dim=1) - probs
+        num_kept = (is_candidate & ((before < top_p[:, None]) | (top_p >= 1)[:, None])).sum(dim=1, keepdim=True)
+        last = ranked.gather(1, num_kept.clamp(min=1) - 1)[:, 0]
+        lowest = torch.where((top_k > 0) | (top_p < 1), last, lowest)
+    return logits.masked_fill(logits < lowest[:, None], -torch.inf)
+
+
+@jit
+def _code(x):
+    """int32 that is ordered as the float32 `x`."""
+    bits = (x + 0.0).to(tl.int32, bitcast=True)  # no negative zero
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@jit
+def _search(
+    logits,
+    vocab_size,
+    maximum,
+    log2_scale,
+    low,
+    high,
+    inside,
+    target,
+    BY_MASS: tl.constexpr,
+    WAYS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Narrows (low, high], of codes, to where the sum over all tokens above falls below `target`.
+
+    The sum is of tokens, or of their masses relative to the largest. What is above the new `low`, which is returned, is
+    the fewest tokens that reach the target, with all that are as likely as the last of them. `inside`: how many tokens
+    are in (low, high], or more.
+    """
+    way = tl.arange(0, WAYS)
+    while (inside > 1) & (high - low > 1):
+        bounds = low + (high - low) * (way + 1) // WAYS
+        sums = tl.zeros((WAYS, BLOCK), tl.float32)
+        counts = tl.zeros((WAYS, BLOCK), tl.int32)
+        for start in range(0, vocab_size, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            logit = tl.load(logits + column, mask=column < vocab_size, other=float("-inf"))
+            is_above = (_code(logit)[None, :] > bounds[:, None]) & (column < vocab_size)[None, :]
+            counts += is_above.to(tl.int32)
+            if BY_MASS:
+                sums += tl.where(is_above, tl.exp2((logit - maximum) * log2_scale)[None, :], 0.0)
+        above = tl.sum(counts, axis=1)
+        total = tl.sum(sums, axis=1) if BY_MASS else above.to(tl.float32)
+        is_below = total < target  # true for the last bound, which is `high`
+        above_low = inside + tl.min(above, axis=0)
+        above_low = tl.min(tl.where(is_below, above_low, above), axis=0)
+        inside = above_low - tl.max(tl.where(is_below, above, 0), axis=0)
+        new_low = tl.max(tl.where(is_below, low, bounds), axis=0)
+        high = tl.min(tl.where(is_below, bounds, high), axis=0)
+        low = new_low
+    return low
+
+
+@jit
+def _filter_kernel(
+    logits,
+    temperature,
+    top_k,
+    top_p,
+    min_p,
+    out,
+    vocab_size,
+    WAYS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One row."""
+    row = tl.program_id(0)
+    logits += row.to(tl.int64) * vocab_size
+    out += row.to(tl.int64) * vocab_size
+    scale = tl.load(temperature + row)
+    scale = tl.where(scale > 0, scale, 1.0)
+    k, p = tl.load(top_k + row), tl.load(top_p + row)
+    log2_scale = 1.4426950408889634 / scale
+
+    largest = tl.full((BLOCK,), float("-inf"), tl.float32)
+    for start in range(0, vocab_size, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        largest = tl.maximum(largest, tl.load(logits + column, mask=column < vocab_size, other=float("-inf")))
+    maximum = tl.max(largest, axis=0)
+    high = _code(maximum).to(tl.int64)
+    low = _code(maximum + scale * tl.log(tl.load(min_p + row))).to(tl.int64) - 1
+    if (k > 0) & (k < vocab_size):
+        low = _search(logits, vocab_size, maximum, log2_scale, low, high, vocab_size, k, False, WAYS, BLOCK)
+    if p < 1:
+        masses = tl.zeros((BLOCK,), tl.float32)
+        for start in range(0, vocab_size, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            logit = tl.load(logits + column, mask=column < vocab_size, other=float("-inf"))
+            masses += tl.where(_code(logit) > low, tl.exp2((logit - maximum) * log2_scale), 0.0)
+        target = p * tl.sum(masses, axis=0)
+        low = _search(logits, vocab_size, maximum, log2_scale, low, high, vocab_size, target, True, WAYS, BLOCK)
+    for start in range(0, vocab_size, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        logit = tl.load(logits + column, mask=column < vocab_size, other=float("-inf"))
+        tl.store(out + column, tl.where(_code(logit) > low, logit, float("-inf")), mask=column < vocab_size)
+
+
+def _filter_logits_triton(
+    logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor
+) -> torch.Tensor:
+    logits = logits.contiguous()
+    out = torch.empty_like(logits)
+    if len(logits):
+        _filter_kernel[(len(logits),)](
+            logits, temperature, top_k, top_p.contiguous(), min_p.contiguous(), out, logits.shape[1],
+            WAYS=_WAYS, BLOCK=_BLOCK, num_warps=8,
+        )  # fmt: skip
+    return out
+
+
+def filter_logits(
+    logits: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor
+) -> torch.Tensor:
+    """`logits` [S, V] float32 with −inf for what min_p, top_k and top_p (Holtzman et al. 2020) leave out, in turn.
+
+    temperature, top_p, min_p: [S] float32; top_k: [S] int64. Probabilities are those of logits / temperature (of logits
+    where it is 0). min_p keeps tokens that are at least so likely, relative to the likeliest. top_k keeps the k
+    likeliest, 0 all; top_p the fewest that have so much of the mass of what is left, 1 all. What is as likely as the
+    last token that is kept, is kept.
+
+    On CUDA nothing is sorted: passes over the row narrow down the least likely token that is kept.
+    """
+    op = _filter_logits_triton if logits.is_cuda else filter_logits_reference
+    return op(logits, temperature, top_k, top_p, min_p)
