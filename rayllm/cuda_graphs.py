@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from rayllm.lanes import Lanes
-from rayllm.model_input import ModelInput, Rows, Shape, pack, unpack
+from rayllm.model_input import ModelInput, Shape, pack_padding, unpack
 from rayllm.progress import Track, untracked
 
 
@@ -71,16 +70,16 @@ class StepGraphs:
         largest_first = sorted(shapes, key=lambda shape: (-shape.num_tokens, -shape.num_chunks))
         size = max(sum(shape.sections) for shape in shapes)
         self._packed = torch.empty(size, dtype=torch.int64, device=device.torch_device)
-        empty = np.empty(0, np.int64)
-        no_rows = Rows(empty, empty, empty, empty, samples=empty > 0, num_decodes=0)
         pool = torch.cuda.graph_pool_handle()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())  # which may still be filling lanes and KV cache
         for shape in track(largest_first, "capturing CUDA graphs"):
             with torch.cuda.stream(stream):
                 inputs = self._packed[: sum(shape.sections)]
-                inputs.copy_(device.put(pack(no_rows, shape, lanes.padding)))
-                output = forward(unpack(inputs, shape, lanes))  # compiles; libraries allocate outside the graph
+                inputs.copy_(device.put(pack_padding(shape, lanes.padding)))
+                output = forward(
+                    unpack(inputs, shape, lanes)
+                )  # what is new compiles, or allocates, outside of the graph
                 if not self._graphs:  # the largest shape comes first: the others' results fit into its tensors
                     shared = output
                 views = shared.cut(shape)

@@ -112,12 +112,10 @@ class Driver:
         """Makes the shards, all at once; returns when they can execute steps. `owner` is the owner's inbox."""
         config = self.config
         resources: dict[str, Any] = {"num_cpus": 1}
-        if config.device == "cuda":  # all GPUs stay visible: symmetric memory wants ranks on distinct device numbers
-            resources = {
-                "num_cpus": 0,
-                "num_gpus": 1,
-                "runtime_env": {"env_vars": {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}},
-            }
+        if config.device == "cuda":
+            resources = {"num_cpus": 0, "num_gpus": 1}
+            if config.tensor_parallel_size > 1:  # symmetric memory wants ranks on distinct device numbers
+                resources["runtime_env"] = {"env_vars": {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}}
         shard_class = ray.remote(concurrency_groups={"control": 1})(Shard)
         self._shards = [
             shard_class.options(

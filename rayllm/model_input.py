@@ -116,6 +116,12 @@ def pack(rows: Rows, shape: Shape, padding: int) -> np.ndarray:
     return sections
 
 
+def pack_padding(shape: Shape, padding: int) -> np.ndarray:
+    """A step of `shape` that does nothing, as `pack` gives it."""
+    empty = np.empty(0, np.int64)
+    return pack(Rows(empty, empty, empty, empty, samples=empty > 0, num_decodes=0), shape, padding)
+
+
 @dataclass(frozen=True)
 class ModelInput:
     """What the model's layers and the sampler read: T tokens; D decode rows, then P chunks; S samples."""

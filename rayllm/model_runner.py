@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 import time
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ import torch
 from rayllm_kernels import (
     Rope,
     compact_kv,
+    compiling,
     decode_attention,
     divide_decodes,
     prefill_attention,
@@ -24,7 +26,7 @@ from rayllm.config import EngineConfig
 from rayllm.cuda_graphs import ModelOutput, StepGraphs, graph_shapes
 from rayllm.device import DTYPES, Device, HostCopies, Stopwatch
 from rayllm.lanes import Lanes
-from rayllm.model_input import ModelInput, Rows, Shape, pack, take_rows, unpack
+from rayllm.model_input import ModelInput, Rows, Shape, pack, pack_padding, take_rows, unpack
 from rayllm.model_source import ModelSource
 from rayllm.models import build_model
 from rayllm.parallel import TensorParallel
@@ -51,7 +53,11 @@ class ModelRunner:
         self.model = build_model(source.config, tp, device.torch_device, DTYPES[config.dtype], config.max_model_len)
         self.scale = source.config.head_dim**-0.5
         self.policy = make_policy(config)
-        self.prefill_backend = prefill_backend(DTYPES[config.dtype], source.config.head_dim)
+        threading.Thread(target=lambda: self.prefill_backend).start()  # its import takes seconds
+
+    @property
+    def prefill_backend(self) -> str:
+        return prefill_backend(DTYPES[self.config.dtype], self.source.config.head_dim)
 
     def load(self, track: Track = untracked) -> int:
         """Fills the weights; returns the bytes read."""
@@ -74,13 +80,25 @@ class ModelRunner:
         self.graphs = StepGraphs(self._forward, self.lanes, [])
 
     @torch.inference_mode()
-    def capture(self, track: Track = untracked) -> None:
-        """Captures steps of all sizes as CUDA graphs, where there are such."""
+    def _compile(self) -> None:
+        """Compiles the kernels of all kinds of steps, many at a time: one by one, as they run, takes far longer."""
+        decodes, chunked = ([shape for shape in self._graph_shapes if bool(shape.num_chunks) == has] for has in (0, 1))
+        with compiling():
+            for shape in (*decodes[:2], decodes[-1], chunked[0], chunked[-1]):
+                packed = self.device.put(pack_padding(shape, self.lanes.padding))
+                self._forward(unpack(packed, shape, self.lanes))
+
+    @property
+    def _graph_shapes(self) -> list[Shape]:
         config = self.config
         assert config.max_num_batched_tokens is not None and config.max_model_len is not None
-        if self.device.is_cuda and not config.enforce_eager:
-            shapes = graph_shapes(config.max_num_seqs, config.max_num_batched_tokens, config.max_model_len)
-            self.graphs = StepGraphs(self._forward, self.lanes, shapes, track)
+        return graph_shapes(config.max_num_seqs, config.max_num_batched_tokens, config.max_model_len)
+
+    @torch.inference_mode()
+    def capture(self, track: Track = untracked) -> None:
+        """Captures steps of all sizes as CUDA graphs, where there are such."""
+        if self.device.is_cuda and not self.config.enforce_eager:
+            self.graphs = StepGraphs(self._forward, self.lanes, self._graph_shapes, track)
 
     @torch.inference_mode()
     def execute(self, step: StepInput) -> PendingOutput:
@@ -201,6 +219,7 @@ class ModelRunner:
             chunks=[number for lane in range(config.max_num_seqs) for number in (lane, length)],
         )
         self.allocate(len(table))
+        self._compile()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         self.execute(step).wait()

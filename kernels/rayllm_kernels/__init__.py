@@ -1,6 +1,7 @@
 """The operations of the engine's models. Each chooses by its tensors' device: Triton on CUDA (for prefill
 FlashAttention-4, where it is installed), plain torch elsewhere. `<op>_reference` beside each specifies it."""
 
+from rayllm_kernels._triton import compiling
 from rayllm_kernels.activation import silu_and_mul
 from rayllm_kernels.decode_attention import DecodeItems, decode_attention, divide_decodes
 from rayllm_kernels.filtering import filter_logits
@@ -15,6 +16,7 @@ __all__ = [
     "DecodeItems",
     "Rope",
     "compact_kv",
+    "compiling",
     "decode_attention",
     "divide_decodes",
     "filter_logits",

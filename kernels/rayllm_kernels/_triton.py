@@ -2,24 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache, partial
 from typing import Any
 
 import torch
+
+_is_compiling = ContextVar("_is_compiling", default=False)
 
 try:
     import triton
     import triton.language as tl
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-    jit = triton.jit
+    class _Kernel(triton.JITFunction):
+        """Launched under `compiling`, it does not run."""
+
+        def run(self, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+            return super().run(*args, grid=grid, warmup=warmup or _is_compiling.get(), **options)
+
 except ImportError:
     triton = tl = gdc_launch_dependents = gdc_wait = None
 
-    def jit(kernel: Callable[..., Any] | None = None, **options: Any) -> Any:
-        """Leaves a kernel that nothing will launch as it is."""
-        return kernel or (lambda kernel: kernel)
+
+def jit(kernel: Callable[..., Any] | None = None, **options: Any) -> Any:
+    """`triton.jit`; without Triton it leaves a kernel, which nothing will launch, as it is."""
+    if kernel is None:
+        return partial(jit, **options)
+    if triton is None:
+        return kernel
+    if triton.knobs.runtime.interpret:
+        return triton.jit(kernel, **options)
+    return _Kernel(kernel, **options)
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """Kernels launched in this block do not run; they are compiled, many at once, when it ends."""
+    token = _is_compiling.set(True)
+    try:
+        with ThreadPoolExecutor(os.cpu_count()) as executor, triton.AsyncCompileMode(executor):
+            yield
+    finally:
+        _is_compiling.reset(token)
 
 
 @cache
@@ -34,4 +63,4 @@ def dependent_launch(device: torch.device) -> dict[str, bool]:
     return {"DEPENDENT": True, "launch_pdl": True}
 
 
-__all__ = ["dependent_launch", "gdc_launch_dependents", "gdc_wait", "jit", "tl", "triton"]
+__all__ = ["compiling", "dependent_launch", "gdc_launch_dependents", "gdc_wait", "jit", "tl", "triton"]

@@ -49,7 +49,7 @@ def decode_attention_reference(
     return out.copy_(result.where(mask[:, :1, None], out))
 
 
-@jit
+@jit(do_not_specialize=["batch", "num_items", "min_split"])
 def _divide_kernel(
     kv_lens,
     items,
@@ -237,8 +237,8 @@ def _plan(batch: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> _Plan
 def _divide_triton(kv_lens: torch.Tensor, plan: _Plan, kv_heads: int) -> DecodeItems:
     batch = len(kv_lens)
     items = torch.empty(5, plan.num_items, dtype=torch.int32, device=kv_lens.device)
-    batch_padded = triton.next_power_of_2(batch)
-    chunk = max(1, min(128, 2**15 // batch_padded))
+    batch_padded = max(256, triton.next_power_of_2(batch))  # one compilation for all smaller ones
+    chunk = max(1, 2**15 // batch_padded)
     _divide_kernel[(triton.cdiv(plan.num_items, chunk),)](
         kv_lens,
         items,
