@@ -12,7 +12,6 @@ from collections.abc import Iterable
 import xxhash
 
 from rayllm.sequence import Prefix, Sequence
-from rayllm.step import pack_ids
 
 
 def root_hash(cache_salt: str | None) -> bytes:
@@ -134,7 +133,7 @@ class BlockManager:
         return block
 
     def _tokens_of(self, seq: Sequence, i: int) -> bytes:
-        return pack_ids(seq.token_ids[i * self.block_size : (i + 1) * self.block_size])
+        return seq.token_ids[i * self.block_size : (i + 1) * self.block_size].tobytes()
 
     def _root(self, seq: Sequence) -> Prefix:
         return Prefix(None, (seq.cache_salt or "").encode())

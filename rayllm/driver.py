@@ -8,6 +8,7 @@ import logging
 import os
 import threading
 import time
+from array import array
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
@@ -40,7 +41,6 @@ from rayllm.step import (
     StepTimes,
     Stop,
     Updates,
-    unpack_ids,
 )
 from rayllm.transport import Address, Receiver, Sender, local_host
 
@@ -265,7 +265,7 @@ class Driver:
         return Sequence(
             client=client,
             sequence=new.sequence,
-            token_ids=unpack_ids(new.token_ids),
+            token_ids=array("i", new.token_ids),
             num_prompt_tokens=new.num_prompt_tokens,
             params=params,
             seed=new.seed,

@@ -102,11 +102,12 @@ class Lanes:
 
     def _scatter(self, table: torch.Tensor, lanes: np.ndarray, values: list[np.ndarray]) -> None:
         """Writes each array at the start of its lane's row; rows are as wide as the longest list may be."""
-        lengths = [len(row) for row in values]
-        columns = np.concatenate([np.arange(length) for length in lengths])
-        flat = np.concatenate(values).astype(np.int64)
-        update = self.device.put(np.stack((np.repeat(lanes, lengths), columns, flat)))
-        table[update[0], update[1]] = update[2].to(table.dtype)
+        lengths = np.array([len(row) for row in values])
+        total = int(lengths.sum())
+        flat = self.device.put(np.concatenate(values).astype(np.int32, copy=False))
+        rows, firsts, counts = self.device.put(np.stack((lanes, lengths.cumsum() - lengths, lengths)))
+        rows, firsts = (x.repeat_interleave(counts, output_size=total) for x in (rows, firsts))
+        table[rows, torch.arange(total, device=table.device) - firsts] = flat
 
     def _set_biases(self, lanes: np.ndarray, starts: list[LaneStart]) -> None:
         entries = [

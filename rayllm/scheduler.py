@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from rayllm.block_manager import BlockManager
 from rayllm.pruning import PruningPolicy
 from rayllm.sequence import Sequence, SequenceStatus
-from rayllm.step import LaneStart, Logprobs, Prune, SequenceUpdate, StepInput, StepOutput, pack_ids
+from rayllm.step import LaneStart, Logprobs, Prune, SequenceUpdate, StepInput, StepOutput
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,7 @@ class Scheduler:
     def _lane_start(self, seq: Sequence) -> LaneStart:
         return LaneStart(
             lane=seq.lane,
-            token_ids=pack_ids(seq.token_ids),
+            token_ids=seq.token_ids.tobytes(),
             num_prompt_tokens=seq.num_prompt_tokens,
             num_computed_tokens=seq.num_computed_tokens,
             block_table=seq.block_table.copy(),

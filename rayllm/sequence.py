@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import time
+from array import array
 from dataclasses import dataclass, field
 
 from rayllm.sampling_params import SamplingParams
@@ -22,7 +23,7 @@ class Prefix:
 
     parent: Prefix | None
     token_ids: bytes
-    """Of `pack_ids`."""
+    """As `pack_ids` packs them."""
 
     def is_same(self, other: Prefix) -> bool:
         """Compares up to the first object that both share, most often the parent."""
@@ -41,8 +42,8 @@ class Sequence:
 
     client: int
     sequence: int
-    token_ids: list[int]
-    """Prompt and known output."""
+    token_ids: array[int]
+    """Prompt and known output, int32."""
     params: SamplingParams
     seed: int
     max_tokens: int

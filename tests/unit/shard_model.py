@@ -7,6 +7,7 @@ twice, a wrong hit, a stale block and a wasted row that does harm. What a pruned
 from __future__ import annotations
 
 import zlib
+from array import array
 from collections import Counter, deque
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -24,7 +25,6 @@ from rayllm.step import (
     SequenceUpdate,
     StepInput,
     StepOutput,
-    unpack_ids,
 )
 
 EOS = 0
@@ -92,7 +92,7 @@ class Shards:
 
     def execute(self, step: StepInput) -> StepOutput:
         for start in step.starts:
-            tokens, table = tuple(unpack_ids(start.token_ids)), list(start.block_table)
+            tokens, table = tuple(array("i", start.token_ids)), list(start.block_table)
             self.lanes[start.lane] = Lane(start, tokens, table, start.num_computed_tokens)
         for lane, block in zip(step.new_blocks[::2], step.new_blocks[1::2], strict=True):
             self.lanes[lane].table.append(block)
@@ -184,7 +184,7 @@ class Engine:
         seq = Sequence(
             client=key[0],
             sequence=key[1],
-            token_ids=list(prompt),
+            token_ids=array("i", prompt),
             params=SamplingParams(max_tokens=max_tokens, **params),
             seed=(number * len(SALTS) + salt) * 2 + variant,
             max_tokens=max_tokens,

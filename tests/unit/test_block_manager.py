@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 
 import hypothesis.strategies as st
@@ -20,7 +21,8 @@ SALTS = st.sampled_from((None, None, None, "salt"))
 
 
 def make_sequence(token_ids, salt=None, params=NO_LOGPROBS) -> Sequence:
-    return Sequence(0, 0, list(token_ids), params, seed=0, max_tokens=99, stop_token_ids=frozenset(), cache_salt=salt)
+    own = array("i", token_ids)
+    return Sequence(0, 0, own, params, seed=0, max_tokens=99, stop_token_ids=frozenset(), cache_salt=salt)
 
 
 def run(manager: BlockManager, token_ids, salt=None) -> Sequence:
@@ -111,7 +113,7 @@ class BlockMachine(RuleBasedStateMachine):
     @rule(data=st.data(), token_ids=st.lists(st.integers(1, 2), min_size=1, max_size=4))
     def learn(self, data, token_ids):
         seq = data.draw(st.sampled_from(self.sequences))
-        seq.token_ids += token_ids
+        seq.token_ids.extend(token_ids)
         self.commit(seq)
 
     @precondition(lambda self: self.sequences)
@@ -220,7 +222,7 @@ def test_collision_after_the_parent_was_evicted(monkeypatch):
     monkeypatch.setattr(block_manager.xxhash, "xxh3_128_digest", digest)
     manager = BlockManager(num_blocks=3, block_size=1)
     owner, twin = run(manager, [1]), run(manager, [1])
-    twin.token_ids += [5]
+    twin.token_ids.append(5)
     twin.num_computed_tokens = 2
     manager.append(twin)
     manager.commit(twin)

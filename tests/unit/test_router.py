@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from array import array
 from collections import Counter
 
 import pytest
@@ -29,7 +30,8 @@ def busy(engine: str, number: int) -> dict[str, int]:
 @pytest.mark.parametrize("salt", [None, "salt"])
 def test_hashes_are_those_of_the_block_table(rng: random.Random, salt: str | None):
     tokens = [rng.randrange(1000) for _ in range(5 * BLOCK + 2)]
-    seq = Sequence(0, 0, tokens, SamplingParams(), seed=0, max_tokens=9, stop_token_ids=frozenset(), cache_salt=salt)
+    own = array("i", tokens)
+    seq = Sequence(0, 0, own, SamplingParams(), seed=0, max_tokens=9, stop_token_ids=frozenset(), cache_salt=salt)
     manager = BlockManager(8, BLOCK)
     manager.allocate(seq, manager.blocks_for(len(tokens)), [])
     seq.num_computed_tokens = len(tokens)

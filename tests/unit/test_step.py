@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import types
 import typing
+from array import array
 
 import hypothesis.strategies as st
 import msgspec
@@ -97,7 +98,7 @@ def test_decode_steps_are_small():
     )
     for i in range(256):
         params = SamplingParams(max_tokens=200, logprobs=1)
-        token_ids = [100_000 + i] * 32
+        token_ids = array("i", [100_000 + i] * 32)
         scheduler.add(Sequence(0, i, token_ids, params, i, max_tokens=200, stop_token_ids=frozenset({2})))
     sizes = []
     while work := scheduler.schedule():
