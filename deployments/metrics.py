@@ -84,7 +84,7 @@ ENDING = ("model", "ending")
 class RequestTimer:
     """Measures one request, however it ends."""
 
-    def __init__(self, metrics: ServiceMetrics, model: str, prompts: Sequence[list[int]]):
+    def __init__(self, metrics: ServiceMetrics, model: str, prompts: Sequence[Sequence[int]]):
         self._metrics = metrics
         self._model = model
         self._prompts = prompts

@@ -77,7 +77,7 @@ class Service:
         return model
 
     async def generate(
-        self, model: Model, prompts: Sequence[list[int]], params: SamplingParams, cache_salt: str | None = None
+        self, model: Model, prompts: Sequence[Sequence[int]], params: SamplingParams, cache_salt: str | None = None
     ) -> AsyncGenerator[Increment]:
         """`Client.answer`, refused while there is no engine, and measured."""
         if len(prompts) * params.n > MAX_CHOICES:
@@ -118,7 +118,7 @@ class Service:
     async def _complete(
         self,
         model: Model,
-        prompts: Sequence[list[int]],
+        prompts: Sequence[Sequence[int]],
         params: SamplingParams,
         body: GenerationRequest,
         writer: Writer[Any],

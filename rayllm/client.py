@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
+import numpy as np
 import ray
 
 from rayllm.config import EngineConfig
@@ -96,13 +97,13 @@ class Client:
 
     # ---- prompts
 
-    def prepare(self, prompt: Prompt, params: SamplingParams) -> list[int]:
+    def prepare(self, prompt: Prompt, params: SamplingParams) -> array[int]:
         """The prompt's token ids; raises `UsageError` if this engine cannot serve them with `params`."""
         token_ids = self._tokenize(prompt)
         self.check(token_ids, params)
         return token_ids
 
-    def check(self, token_ids: list[int], params: SamplingParams) -> None:
+    def check(self, token_ids: Sequence[int], params: SamplingParams) -> None:
         """Raises `UsageError` if this engine cannot serve the prompt with `params`."""
         if not token_ids:
             raise UsageError("the prompt is empty: give at least one token")
@@ -111,7 +112,8 @@ class Client:
                 f"the prompt has {len(token_ids)} tokens, at most {self.max_model_len - 1} leave room for an "
                 f"answer in the context of {self.max_model_len}"
             )
-        if not 0 <= min(token_ids) <= max(token_ids) < self.vocab_size:
+        ids = np.asarray(token_ids)
+        if not 0 <= ids.min() <= ids.max() < self.vocab_size:
             raise UsageError(f"token ids must be 0 to {self.vocab_size - 1}, the model's vocabulary")
         if any(
             not 0 <= token_id < self.vocab_size for token_id in (*(params.logit_bias or ()), *params.stop_token_ids)
@@ -130,23 +132,23 @@ class Client:
         if limit is not None and not least <= limit <= config.snapkv_limit:
             raise UsageError(f"snapkv_limit must be {least} to {config.snapkv_limit}, or None, not {limit}")
 
-    def _tokenize(self, prompt: Prompt) -> list[int]:
+    def _tokenize(self, prompt: Prompt) -> array[int]:
         is_chat = not isinstance(prompt, str) and len(prompt) > 0 and all(isinstance(item, dict) for item in prompt)
         if not is_chat and not isinstance(prompt, str):
             try:
-                return array("i", cast(Sequence[int], prompt)).tolist()
+                return array("i", cast(Sequence[int], prompt))
             except (TypeError, OverflowError):
                 raise UsageError("a prompt must be a string, a list of token ids or a list of chat messages") from None
         if self.tokenizer is None:
             raise UsageError("only token ids can be prompts when skip_tokenizer_init is set")
         if isinstance(prompt, str):
-            return self.tokenizer.encode(prompt)
-        return self.tokenizer.apply_chat_template(list(prompt))  # type: ignore[arg-type]
+            return array("i", self.tokenizer.encode(prompt))
+        return array("i", self.tokenizer.apply_chat_template(list(prompt)))  # type: ignore[arg-type]
 
     # ---- answers
 
     async def answer(
-        self, prompts: Sequence[list[int]], params: SamplingParams, cache_salt: str | None = None
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, cache_salt: str | None = None
     ) -> AsyncGenerator[Increment]:
         """Yields what is new whenever something is, for each prompt's `params.n` choices, numbered in a row.
 
@@ -180,7 +182,7 @@ class Client:
             for stream in streams:
                 self._stop(stream)
 
-    def _new_choices(self, prompts: Sequence[list[int]], params: SamplingParams) -> list[Choice]:
+    def _new_choices(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Choice]:
         seed = self._random.getrandbits(63) if params.seed is None else params.seed
         return [
             Choice(
@@ -199,7 +201,7 @@ class Client:
         self._next_sequence += 1
         message = NewSequence(
             sequence=sequence,
-            token_ids=pack_ids(choice.prompt_token_ids + choice.token_ids),
+            token_ids=pack_ids(choice.prompt_token_ids) + pack_ids(choice.token_ids),
             num_prompt_tokens=len(choice.prompt_token_ids),
             params=choice.params,
             seed=choice.seed,

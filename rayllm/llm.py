@@ -87,7 +87,7 @@ class LLM:
                 self._run(increments.aclose)
 
     async def _generate_all(
-        self, prompts: list[list[int]], params: Sequence[SamplingParams], rates: _Rates
+        self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams], rates: _Rates
     ) -> list[dict[str, Any]]:
         async with asyncio.TaskGroup() as group:
             tasks = [
@@ -96,7 +96,7 @@ class LLM:
             ]
         return [task.result() for task in tasks]
 
-    async def _generate(self, prompt: list[int], params: SamplingParams, rates: _Rates) -> dict[str, Any]:
+    async def _generate(self, prompt: Sequence[int], params: SamplingParams, rates: _Rates) -> dict[str, Any]:
         choices: list[dict[str, Any]] = [{"text": "", "token_ids": []} for _ in range(params.n)]
         async for increment in self.async_llm.client.answer([prompt], params):
             choice = choices[increment.index]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from rayllm.sampling_params import SamplingParams
@@ -43,7 +44,12 @@ class Choice:
     """
 
     def __init__(
-        self, index: int, prompt_token_ids: list[int], params: SamplingParams, seed: int, tokenizer: Tokenizer | None
+        self,
+        index: int,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        seed: int,
+        tokenizer: Tokenizer | None,
     ):
         self.prompt_token_ids = prompt_token_ids
         self.params = params
