@@ -93,29 +93,32 @@ def _combine(
     first_head,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
+    GROUP_PADDED: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEAD_DIM_PADDED: tl.constexpr,
     PARTS: tl.constexpr,
 ):
     """The outputs of a sequence's splits, items `first` and after, weighted by their log-sum-exps."""
-    dim = tl.arange(0, HEAD_DIM_PADDED)
-    for head in range(first_head, first_head + GROUP):
-        maximum = float("-inf")
-        total = 0.0
-        acc = tl.zeros((HEAD_DIM_PADDED,), tl.float32)
-        for start in range(0, count, PARTS):
-            part = start + tl.arange(0, PARTS)
-            row = (first + part).to(tl.int64) * HEADS + head
-            lse = tl.load(split_lse + row, mask=part < count, other=float("-inf"))
-            mask = (part < count)[:, None] & (dim < HEAD_DIM)[None, :]
-            outputs = tl.load(split_out + row[:, None] * HEAD_DIM + dim[None, :], mask=mask, other=0.0)
-            new_maximum = tl.maximum(maximum, tl.max(lse, axis=0))
-            shrink = tl.exp2(maximum - new_maximum)
-            weights = tl.exp2(lse - new_maximum)
-            total = total * shrink + tl.sum(weights, axis=0)
-            acc = acc * shrink + tl.sum(outputs * weights[:, None], axis=0)
-            maximum = new_maximum
-        tl.store(out + head * HEAD_DIM + dim, (acc / total).to(out.dtype.element_ty), mask=dim < HEAD_DIM)
+    group, dim = tl.arange(0, GROUP_PADDED), tl.arange(0, HEAD_DIM_PADDED)
+    mask = (group < GROUP)[:, None] & (dim < HEAD_DIM)[None, :]
+    maximum = tl.full((GROUP_PADDED,), float("-inf"), tl.float32)
+    total = tl.zeros((GROUP_PADDED,), tl.float32)
+    acc = tl.zeros((GROUP_PADDED, HEAD_DIM_PADDED), tl.float32)
+    for start in range(0, count, PARTS):
+        part = start + tl.arange(0, PARTS)
+        row = (first + part).to(tl.int64)[:, None] * HEADS + first_head + group[None, :]
+        is_part = (part < count)[:, None] & (group < GROUP)[None, :]
+        lse = tl.load(split_lse + row, mask=is_part, other=float("-inf"))
+        offsets = row[:, :, None] * HEAD_DIM + dim[None, None, :]
+        outputs = tl.load(split_out + offsets, mask=is_part[:, :, None] & mask[None, :, :], other=0.0)
+        new_maximum = tl.maximum(maximum, tl.max(lse, axis=0))
+        shrink = tl.exp2(maximum - new_maximum)
+        weights = tl.exp2(lse - new_maximum[None, :])
+        total = total * shrink + tl.sum(weights, axis=0)
+        acc = acc * shrink[:, None] + tl.sum(outputs * weights[:, :, None], axis=0)
+        maximum = new_maximum
+    out += (first_head + group)[:, None] * HEAD_DIM + dim[None, :]
+    tl.store(out, (acc / total[:, None]).to(out.dtype.element_ty), mask=mask)
 
 
 @jit(do_not_specialize=["table_stride", "num_items"])  # they change from step to step
@@ -142,6 +145,7 @@ def _decode_kernel(
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
     PARTS: tl.constexpr,
+    PARTS_GROUP: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     """One item, a split of one sequence's keys, for the query heads of one KV head."""
@@ -198,8 +202,9 @@ def _decode_kernel(
         if tl.atomic_add(arrivals, 1, sem="acq_rel") == count - 1:  # the last split puts them all together
             tl.store(arrivals, 0)
             _combine(
-                out, split_out, split_lse, first, count, kv_head * GROUP, HEADS, GROUP, HEAD_DIM, HEAD_DIM_PADDED, PARTS
-            )
+                out, split_out, split_lse, first, count, kv_head * GROUP,
+                HEADS, GROUP, PARTS_GROUP, HEAD_DIM, HEAD_DIM_PADDED, PARTS,
+            )  # fmt: skip
 
 
 class DecodeItems(NamedTuple):
@@ -217,21 +222,23 @@ class _Plan(NamedTuple):
     min_split: int  # keys
     tile: int  # keys
     num_warps: int
+    num_stages: int
 
 
 def _plan(batch: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> _Plan:
-    """How to launch. About 2,048 programs fill the GPU; more of them than sequences, so that it does not wait at the
-    end for one long sequence among short ones. Small tiles leave room for many programs on each SM; with few programs
-    each must have more in flight.
+    """How to launch; measured on an H100.
+
+    There are more items than sequences, so that the GPU does not wait at the end for one long sequence among short
+    ones; but few splits are best where the sequences alone fill it. Small tiles leave room for many programs on each
+    SM; with few programs each must have more in flight.
     """
-    pairs = batch * kv_heads
-    num_items = batch + max(batch, 2048 // kv_heads)
-    min_split = min(max(64, triton.next_power_of_2(pairs) // 2), 256)
+    min_split = min(max(64, 16 * batch), 1024)
+    num_items = batch + min(64 * batch, max(256, 2 * batch))
     if dtype == torch.float32:  # no tensor cores: large tiles spill
-        return _Plan(num_items, min_split, tile=16, num_warps=4)
-    if pairs >= 1024 or head_dim > 128:
-        return _Plan(num_items, min_split, tile=32, num_warps=2)
-    return _Plan(num_items, min_split, tile=64, num_warps=4)
+        return _Plan(num_items, min_split, tile=16, num_warps=4, num_stages=2)
+    if batch * kv_heads >= 512 or head_dim > 128:
+        return _Plan(num_items, min_split, tile=32, num_warps=2, num_stages=2)
+    return _Plan(num_items, min_split, tile=64, num_warps=4, num_stages=2)
 
 
 def _divide_triton(kv_lens: torch.Tensor, plan: _Plan, kv_heads: int) -> DecodeItems:
@@ -272,6 +279,7 @@ def _decode_attention_triton(
     plan = _plan(batch, kv_heads, head_dim, q.dtype)
     work, arrivals = items or _divide_triton(kv_lens, plan, kv_heads)
     num_items = work.shape[1]
+    group, head_dim_padded = (triton.next_power_of_2(n) for n in (heads // kv_heads, head_dim))
     _decode_kernel[(kv_heads, num_items)](
         q,
         k_cache,
@@ -289,13 +297,14 @@ def _decode_attention_triton(
         HEADS=heads,
         KV_HEADS=kv_heads,
         HEAD_DIM=head_dim,
-        HEAD_DIM_PADDED=triton.next_power_of_2(head_dim),
-        GROUP_PADDED=max(16, triton.next_power_of_2(heads // kv_heads)),
+        HEAD_DIM_PADDED=head_dim_padded,
+        GROUP_PADDED=max(16, group),
         BLOCK_SIZE=block_size,
         TILE=plan.tile,
-        PARTS=16,
+        PARTS=max(2, 4096 // (group * head_dim_padded)),
+        PARTS_GROUP=group,
         num_warps=plan.num_warps,
-        num_stages=2,
+        num_stages=plan.num_stages,
         **dependent_launch(q.device),
     )
     return out
