@@ -7,8 +7,7 @@ import torch
 
 from rayllm_kernels._triton import jit, tl
 
-_BLOCK = 1024  # vocabulary ids that a program looks at together
-_WAYS = 8  # parts into which each pass cuts what may be the limit
+_BLOCK = 4096  # vocabulary ids that a program looks at together
 
 
 def filter_logits_reference(
@@ -50,36 +49,54 @@ def _search(
     inside,
     target,
     BY_MASS: tl.constexpr,
-    WAYS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Narrows (low, high], of codes, to where the sum over all tokens above falls below `target`.
 
     The sum is of tokens, or of their masses relative to the largest. What is above the new `low`, which is returned, is
     the fewest tokens that reach the target, with all that are as likely as the last of them. `inside`: how many tokens
-    are in (low, high], or more.
+    are in (low, high], or more. Each pass over the row looks at the quarters.
     """
-    way = tl.arange(0, WAYS)
+    above_high = 0
     while (inside > 1) & (high - low > 1):
-        bounds = low + (high - low) * (way + 1) // WAYS
-        sums = tl.zeros((WAYS, BLOCK), tl.float32)
-        counts = tl.zeros((WAYS, BLOCK), tl.int32)
+        bound_1 = (low + (high - low) // 4).to(tl.int32)
+        bound_2 = (low + (high - low) // 2).to(tl.int32)
+        bound_3 = (high - (high - low) // 4).to(tl.int32)
+        count_1 = tl.zeros((BLOCK,), tl.int32)
+        count_2 = tl.zeros((BLOCK,), tl.int32)
+        count_3 = tl.zeros((BLOCK,), tl.int32)
+        mass_1 = tl.zeros((BLOCK,), tl.float32)
+        mass_2 = tl.zeros((BLOCK,), tl.float32)
+        mass_3 = tl.zeros((BLOCK,), tl.float32)
         for start in range(0, vocab_size, BLOCK):
             column = start + tl.arange(0, BLOCK)
             logit = tl.load(logits + column, mask=column < vocab_size, other=float("-inf"))
-            is_above = (_code(logit)[None, :] > bounds[:, None]) & (column < vocab_size)[None, :]
-            counts += is_above.to(tl.int32)
+            code = tl.where(column < vocab_size, _code(logit), -(2**31))
+            count_1 += (code > bound_1).to(tl.int32)
+            count_2 += (code > bound_2).to(tl.int32)
+            count_3 += (code > bound_3).to(tl.int32)
             if BY_MASS:
-                sums += tl.where(is_above, tl.exp2((logit - maximum) * log2_scale)[None, :], 0.0)
-        above = tl.sum(counts, axis=1)
-        total = tl.sum(sums, axis=1) if BY_MASS else above.to(tl.float32)
-        is_below = total < target  # true for the last bound, which is `high`
-        above_low = inside + tl.min(above, axis=0)
-        above_low = tl.min(tl.where(is_below, above_low, above), axis=0)
-        inside = above_low - tl.max(tl.where(is_below, above, 0), axis=0)
-        new_low = tl.max(tl.where(is_below, low, bounds), axis=0)
-        high = tl.min(tl.where(is_below, bounds, high), axis=0)
-        low = new_low
+                mass = tl.exp2((logit - maximum) * log2_scale)
+                mass_1 += tl.where(code > bound_1, mass, 0.0)
+                mass_2 += tl.where(code > bound_2, mass, 0.0)
+                mass_3 += tl.where(code > bound_3, mass, 0.0)
+        above_low = above_high + inside
+        above_1, above_2, above_3 = tl.sum(count_1, axis=0), tl.sum(count_2, axis=0), tl.sum(count_3, axis=0)
+        if BY_MASS:
+            sum_1, sum_2, sum_3 = tl.sum(mass_1, axis=0), tl.sum(mass_2, axis=0), tl.sum(mass_3, axis=0)
+        else:
+            sum_1, sum_2, sum_3 = above_1, above_2, above_3
+        if sum_1 < target:
+            high, above_high = bound_1.to(tl.int64), above_1
+        elif sum_2 < target:
+            low, above_low = bound_1.to(tl.int64), above_1
+            high, above_high = bound_2.to(tl.int64), above_2
+        elif sum_3 < target:
+            low, above_low = bound_2.to(tl.int64), above_2
+            high, above_high = bound_3.to(tl.int64), above_3
+        else:
+            low, above_low = bound_3.to(tl.int64), above_3
+        inside = above_low - above_high
     return low
 
 
@@ -92,7 +109,6 @@ def _filter_kernel(
     min_p,
     out,
     vocab_size,
-    WAYS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One row."""
@@ -112,7 +128,7 @@ def _filter_kernel(
     high = _code(maximum).to(tl.int64)
     low = _code(maximum + scale * tl.log(tl.load(min_p + row))).to(tl.int64) - 1
     if (k > 0) & (k < vocab_size):
-        low = _search(logits, vocab_size, maximum, log2_scale, low, high, vocab_size, k, False, WAYS, BLOCK)
+        low = _search(logits, vocab_size, maximum, log2_scale, low, high, vocab_size, k, False, BLOCK)
     if p < 1:
         masses = tl.zeros((BLOCK,), tl.float32)
         for start in range(0, vocab_size, BLOCK):
@@ -120,7 +136,7 @@ def _filter_kernel(
             logit = tl.load(logits + column, mask=column < vocab_size, other=float("-inf"))
             masses += tl.where(_code(logit) > low, tl.exp2((logit - maximum) * log2_scale), 0.0)
         target = p * tl.sum(masses, axis=0)
-        low = _search(logits, vocab_size, maximum, log2_scale, low, high, vocab_size, target, True, WAYS, BLOCK)
+        low = _search(logits, vocab_size, maximum, log2_scale, low, high, vocab_size, target, True, BLOCK)
     for start in range(0, vocab_size, BLOCK):
         column = start + tl.arange(0, BLOCK)
         logit = tl.load(logits + column, mask=column < vocab_size, other=float("-inf"))
@@ -135,7 +151,7 @@ def _filter_logits_triton(
     if len(logits):
         _filter_kernel[(len(logits),)](
             logits, temperature, top_k, top_p.contiguous(), min_p.contiguous(), out, logits.shape[1],
-            WAYS=_WAYS, BLOCK=_BLOCK, num_warps=8,
+            BLOCK=_BLOCK, num_warps=16,
         )  # fmt: skip
     return out
 
