@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from rayllm_kernels import (
     compact_kv,
     decode_attention,
+    divide_decodes,
+    filter_logits,
     prefill_attention,
     prefill_backend,
     sample_gumbel,
@@ -84,12 +86,13 @@ def bench_decode(
     q = torch.randn(len(kv_lens), HEADS, HEAD_DIM, dtype=DTYPE, device="cuda")
     longest = max_kv_len or max(kv_lens)
 
-    def call(k_cache: torch.Tensor, v_cache: torch.Tensor, tables: torch.Tensor) -> Callable[[], object]:
-        return lambda: decode_attention(q, k_cache, v_cache, tables, lengths, SCALE, longest)
+    caches = [paged_cache(kv_lens, block_size) for _ in range(copies)]
+    items = divide_decodes(lengths, caches[0][0])  # once a step, not in each layer
 
-    time = graph_microseconds(
-        [call(*paged_cache(kv_lens, block_size)) for _ in range(copies)], rounds=max(1, 20 // copies)
-    )
+    def call(k_cache: torch.Tensor, v_cache: torch.Tensor, tables: torch.Tensor) -> Callable[[], object]:
+        return lambda: decode_attention(q, k_cache, v_cache, tables, lengths, SCALE, longest, items)
+
+    time = graph_microseconds([call(*cache) for cache in caches], rounds=max(1, 20 // copies))
     report("decode_attention", f"{case}, block {block_size}", time, tb_per_s=round(kv_bytes / time / 1e6, 3))
 
 
@@ -125,6 +128,14 @@ def bench_sampling(rows: int, temperature: float) -> None:
     temperatures = torch.full((rows,), temperature, device="cuda")
     time = graph_microseconds([lambda: sample_gumbel(logits, temperatures, seeds, indices)], rounds=20)
     report("sample_gumbel", f"{rows}x{VOCAB_SIZE}, temperature {temperature}", time)
+
+
+def bench_filter(rows: int, top_k: int, top_p: float) -> None:
+    logits = torch.randn(rows, VOCAB_SIZE, device="cuda") * 3
+    ks = torch.full((rows,), top_k, device="cuda")
+    temperatures, ps, zeros = (torch.full((rows,), x, device="cuda") for x in (0.6, top_p, 0.0))
+    time = microseconds(lambda: filter_logits(logits, temperatures, ks, ps, zeros))
+    report("filter_logits", f"{rows}x{VOCAB_SIZE}, top_k {top_k}, top_p {top_p}", time)
 
 
 def bench_pruning(prompts: int, kv_len: int, heads: int, weights: float) -> None:
@@ -187,6 +198,8 @@ def main() -> None:
     for rows in (1, 256):
         for temperature in (0.0, 0.6):
             bench_sampling(rows, temperature)
+        for top_k, top_p in ((20, 1.0), (0, 0.95), (20, 0.95)):
+            bench_filter(rows, top_k, top_p)
 
 
 if __name__ == "__main__":

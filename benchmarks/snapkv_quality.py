@@ -154,8 +154,10 @@ class Runner(ModelRunner):
         self.num_blocks = config.max_model_len // config.block_size  # type: ignore[operator]
         self.allocate(2 * self.num_blocks)
 
-    def _forward(self, inputs: ModelInput, pruning: Pruning | None = None) -> ModelOutput:
-        output = super()._forward(inputs, pruning)
+    def _forward(
+        self, inputs: ModelInput, pruning: Pruning | None = None, logits_out: Tensor | None = None
+    ) -> ModelOutput:
+        output = super()._forward(inputs, pruning, logits_out)
         self.hidden = output.hidden
         return output
 

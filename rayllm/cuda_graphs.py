@@ -32,10 +32,6 @@ class ModelOutput:
         n = shape.num_samples
         return ModelOutput(self.hidden[: shape.num_tokens], self.logits[:n], self.token_ids[:n])
 
-    def copy_(self, other: ModelOutput) -> None:
-        for mine, its in ((self.hidden, other.hidden), (self.logits, other.logits), (self.token_ids, other.token_ids)):
-            mine.copy_(its)
-
 
 def graph_shapes(max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int) -> list[Shape]:
     """Shapes of steps that only decode, and of steps with chunks, whose number and tokens are padded separately."""
@@ -57,7 +53,7 @@ class StepGraphs:
 
     def __init__(
         self,
-        forward: Callable[[ModelInput], ModelOutput],
+        forward: Callable[..., ModelOutput],
         lanes: Lanes,
         shapes: list[Shape],
         track: Track = untracked,
@@ -77,16 +73,17 @@ class StepGraphs:
             with torch.cuda.stream(stream):
                 inputs = self._packed[: sum(shape.sections)]
                 inputs.copy_(device.put(pack_padding(shape, lanes.padding)))
-                output = forward(
-                    unpack(inputs, shape, lanes)
-                )  # what is new compiles, or allocates, outside of the graph
+                # what is new compiles, or allocates, outside of the graph
+                output = forward(unpack(inputs, shape, lanes))
                 if not self._graphs:  # the largest shape comes first: the others' results fit into its tensors
                     shared = output
                 views = shared.cut(shape)
                 stream.synchronize()
                 graph = torch.cuda.CUDAGraph()
                 graph.capture_begin(pool)
-                views.copy_(forward(unpack(inputs, shape, lanes)))
+                output = forward(unpack(inputs, shape, lanes), logits_out=views.logits)
+                views.hidden.copy_(output.hidden)
+                views.token_ids.copy_(output.token_ids)
                 graph.capture_end()
             self._graphs[shape] = graph, views
         self._graphs = dict(reversed(self._graphs.items()))

@@ -157,7 +157,9 @@ class ModelRunner:
             stopwatch=stopwatch,
         )
 
-    def _forward(self, inputs: ModelInput, pruning: Pruning | None = None) -> ModelOutput:
+    def _forward(
+        self, inputs: ModelInput, pruning: Pruning | None = None, logits_out: torch.Tensor | None = None
+    ) -> ModelOutput:
         """The whole of a step's computation; without pruning, a CUDA graph captures it as it is."""
         shape, n = inputs.shape, inputs.shape.num_decodes
         tables, kv_lens = inputs.block_tables, inputs.kv_lens
@@ -179,7 +181,7 @@ class ModelRunner:
             return decoded if out is None else out
 
         hidden = self.model(inputs.token_ids, inputs.positions, attend)
-        logits = self.model.compute_logits(hidden[inputs.sample_rows])
+        logits = self.model.compute_logits(hidden[inputs.sample_rows], logits_out)
         token_ids = self.sampler.draw(logits, inputs.sample_lanes, inputs.sample_positions)
         return ModelOutput(hidden, logits, token_ids)
 

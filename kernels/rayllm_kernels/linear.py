@@ -69,9 +69,12 @@ def _token_linear_kernel(
     tl.store(out + row, result.to(out.dtype.element_ty), mask=row < outputs)
 
 
-def _token_linear_triton(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def _token_linear_triton(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
+) -> torch.Tensor:
     outputs, width = weight.shape
-    out = torch.empty(1, outputs, dtype=x.dtype, device=x.device)
+    if out is None:
+        out = torch.empty(1, outputs, dtype=x.dtype, device=x.device)
     rows, tile = 4, min(1024, triton.next_power_of_2(width))
     _token_linear_kernel[(triton.cdiv(outputs, rows),)](
         x,
@@ -101,6 +104,6 @@ def linear(
             return x.new_empty(0, weight.shape[0])
         product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return product
-    if weight.is_cuda and len(x) == 1 and out is None and x.dtype != torch.float32:
-        return _token_linear_triton(x, weight, bias)
+    if weight.is_cuda and len(x) == 1 and x.dtype != torch.float32:
+        return _token_linear_triton(x, weight, bias, out)
     return linear_reference(x, weight, bias, out)

@@ -39,9 +39,9 @@ class VocabParallelEmbedding(nn.Module):
         x = F.embedding(local.masked_fill_(foreign, 0), self.weight)
         return self.tp.all_reduce(x.masked_fill_(foreign.unsqueeze(-1), 0))
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """hidden [S, hidden_size] → this rank's logits [S, n], −inf where the vocabulary is padded."""
-        logits = linear(hidden, self.weight if self.packed is None else self.packed)
+        logits = linear(hidden, self.weight if self.packed is None else self.packed, out=out)
         if self.num_valid < logits.shape[-1]:
             logits[..., self.num_valid :] = float("-inf")
         return logits

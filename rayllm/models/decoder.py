@@ -147,9 +147,10 @@ class Decoder(nn.Module):
         assert residual is not None
         return self.norm.add(x, residual)[0]
 
-    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden [S, hidden_size] → this rank's logits [S, padded_vocab_size / ranks] in the model's dtype."""
-        return self.lm_head.logits(hidden)
+    def compute_logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """hidden [S, hidden_size] → this rank's logits [S, padded_vocab_size / ranks] in the model's dtype, in `out` if
+        that is given."""
+        return self.lm_head.logits(hidden, out)
 
     def pack(self) -> None:
         """To be called when all weights are loaded."""

@@ -172,6 +172,9 @@ def test_linear_triton_of_one_token(
     bias = torch.randn(shape[0], dtype=dtype, device=device) if has_bias else None
     with poisoned():
         out = _token_linear_triton(x / shape[1] ** 0.5, weight, bias)
+        given = torch.empty_like(out)
+        assert _token_linear_triton(x / shape[1] ** 0.5, weight, bias, given) is given
+    assert torch.equal(given, out)
     expected = linear_reference(
         (x / shape[1] ** 0.5).double(), weight.double(), None if bias is None else bias.double()
     )
