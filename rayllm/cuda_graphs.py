@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from rayllm.lanes import Lanes
-from rayllm.model_input import ModelInput, Shape, pack_padding, unpack
+from rayllm.model_input import Shape, pack_padding, unpack
 from rayllm.progress import Track, untracked
 
 
