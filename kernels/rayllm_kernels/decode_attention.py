@@ -221,24 +221,19 @@ class _Plan(NamedTuple):
     num_items: int
     min_split: int  # keys
     tile: int  # keys
-    num_warps: int
-    num_stages: int
 
 
-def _plan(batch: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> _Plan:
+def _plan(batch: int, head_dim: int, dtype: torch.dtype) -> _Plan:
     """How to launch; measured on an H100.
 
     There are more items than sequences, so that the GPU does not wait at the end for one long sequence among short
-    ones; but few splits are best where the sequences alone fill it. Small tiles leave room for many programs on each
-    SM; with few programs each must have more in flight.
+    ones; but few splits are best where the sequences alone fill it.
     """
-    min_split = min(max(64, 16 * batch), 1024)
-    num_items = batch + min(64 * batch, max(256, 2 * batch))
+    num_items = batch + min(32 * batch, max(256, 2 * batch))
+    min_split = min(max(64, 24 * batch), 1024)
     if dtype == torch.float32:  # no tensor cores: large tiles spill
-        return _Plan(num_items, min_split, tile=16, num_warps=4, num_stages=2)
-    if batch * kv_heads >= 512 or head_dim > 128:
-        return _Plan(num_items, min_split, tile=32, num_warps=2, num_stages=2)
-    return _Plan(num_items, min_split, tile=64, num_warps=4, num_stages=2)
+        return _Plan(num_items, min_split, tile=16)
+    return _Plan(num_items, min_split, tile=64 if head_dim <= 128 else 32)
 
 
 def _divide_triton(kv_lens: torch.Tensor, plan: _Plan, kv_heads: int) -> DecodeItems:
@@ -276,7 +271,7 @@ def _decode_attention_triton(
         out = torch.empty(batch, heads, head_dim, dtype=q.dtype, device=q.device)
     if batch == 0:
         return out
-    plan = _plan(batch, kv_heads, head_dim, q.dtype)
+    plan = _plan(batch, head_dim, q.dtype)
     work, arrivals = items or _divide_triton(kv_lens, plan, kv_heads)
     num_items = work.shape[1]
     group, head_dim_padded = (triton.next_power_of_2(n) for n in (heads // kv_heads, head_dim))
@@ -303,8 +298,8 @@ def _decode_attention_triton(
         TILE=plan.tile,
         PARTS=max(2, 4096 // (group * head_dim_padded)),
         PARTS_GROUP=group,
-        num_warps=plan.num_warps,
-        num_stages=plan.num_stages,
+        num_warps=4,
+        num_stages=2,
         **dependent_launch(q.device),
     )
     return out
@@ -318,7 +313,7 @@ def divide_decodes(kv_lens: torch.Tensor, k_cache: torch.Tensor) -> DecodeItems 
     if not kv_lens.is_cuda or not len(kv_lens):
         return None
     kv_heads, head_dim = k_cache.shape[2:]
-    return _divide_triton(kv_lens, _plan(len(kv_lens), kv_heads, head_dim, k_cache.dtype), kv_heads)
+    return _divide_triton(kv_lens, _plan(len(kv_lens), head_dim, k_cache.dtype), kv_heads)
 
 
 def decode_attention(

@@ -149,7 +149,7 @@ def test_layers_share_how_decodes_are_divided(device: torch.device) -> None:
     """One sequence much longer than the others; splits are combined by the last one, in every layer."""
     kv_lens = [*torch.randint(1, 40, (6,)).tolist(), 1500]
     first, second = (make_batch(kv_lens, [1] * 7, device=device) for _ in range(2))
-    items = _divide_triton(first.kv_lens, _plan(7, 2, 32, torch.float32), 2)
+    items = _divide_triton(first.kv_lens, _plan(7, 32, torch.float32), 2)
     with poisoned():
         for batch in (first, second, first):
             out = _decode_attention_triton(*batch.decode_args(), items)
@@ -163,7 +163,7 @@ def test_decodes_are_divided_among_items(device: torch.device, seed: int) -> Non
     generator = torch.Generator().manual_seed(seed)
     batch = int(torch.randint(1, 70, (), generator=generator))
     kv_lens = torch.randint(0, 2 ** int(torch.randint(1, 12, (), generator=generator)), (batch,), generator=generator)
-    plan = _plan(batch, 8, 128, torch.bfloat16)
+    plan = _plan(batch, 128, torch.bfloat16)
     with poisoned():
         items = _divide_triton(kv_lens.to(device, torch.int32), plan, 8).items.tolist()
     found: dict[int, list[tuple[int, int]]] = {}
