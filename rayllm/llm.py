@@ -164,6 +164,8 @@ class LLM:
 def _close(async_llm: AsyncLLM, loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
     async def close() -> None:
         async_llm.close()
+        if requests := asyncio.all_tasks() - {asyncio.current_task()}:  # of other threads, which are told
+            await asyncio.wait(requests, timeout=CANCEL_TIMEOUT_S)
 
     asyncio.run_coroutine_threadsafe(close(), loop).result()
     loop.call_soon_threadsafe(loop.stop)

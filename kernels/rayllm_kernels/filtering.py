@@ -15,20 +15,23 @@ def filter_logits_reference(
 ) -> torch.Tensor:
     """See `filter_logits`. Puts no more tokens in order than the largest top_k, unless top_p stands alone in a row."""
     vocab_size = logits.shape[1]
-    scale = torch.where(temperature > 0, temperature, 1)
-    lowest = logits.amax(1) + scale * min_p.log()
+    scale = torch.where(temperature > 0, temperature, 1)[:, None]
+    largest = logits.amax(1, keepdim=True)
+    lowest = largest + scale * min_p.log()[:, None]
+    has_top_k, has_top_p = (top_k > 0)[:, None], (top_p < 1)[:, None]
     most = int(torch.where(top_k > 0, top_k, torch.where(top_p < 1, vocab_size, 0)).max()) if len(logits) else 0
     if most := min(most, vocab_size):
         ranked = (logits.sort(descending=True) if most == vocab_size else logits.topk(most)).values
-        rank = torch.arange(most, device=logits.device)
-        k = torch.where(top_k > 0, top_k, most)[:, None]
-        is_candidate = (rank < k) & (ranked >= lowest[:, None])
-        probs = (ranked.double() / scale[:, None]).masked_fill(~is_candidate, -torch.inf).softmax(dim=1)
-        before = probs.cumsum(dim=1) - probs
-        num_kept = (is_candidate & ((before < top_p[:, None]) | (top_p >= 1)[:, None])).sum(dim=1, keepdim=True)
-        last = ranked.gather(1, num_kept.clamp(min=1) - 1)[:, 0]
-        lowest = torch.where((top_k > 0) | (top_p < 1), last, lowest)
-    return logits.masked_fill(logits < lowest[:, None], -torch.inf)
+        kth = ranked.gather(1, top_k[:, None].clamp(1, most) - 1)
+        lowest = torch.where(has_top_k, torch.maximum(lowest, kth), lowest)
+
+        def masses(values: torch.Tensor) -> torch.Tensor:
+            return ((values - largest).double() / scale).exp().masked_fill(values < lowest, 0)
+
+        own = masses(ranked)
+        is_kept = (ranked >= lowest) & (own.cumsum(dim=1) - own < top_p[:, None] * masses(logits).sum(1, keepdim=True))
+        lowest = torch.where(has_top_p, ranked.gather(1, is_kept.sum(1, keepdim=True) - 1), lowest)
+    return logits.masked_fill(logits < lowest, -torch.inf)
 
 
 @jit
@@ -163,8 +166,8 @@ def filter_logits(
 
     temperature, top_p, min_p: [S] float32; top_k: [S] int64. Probabilities are those of logits / temperature (of logits
     where it is 0). min_p keeps tokens that are at least so likely, relative to the likeliest. top_k keeps the k
-    likeliest, 0 all; top_p the fewest that have so much of the mass of what is left, 1 all. What is as likely as the
-    last token that is kept, is kept.
+    likeliest, 0 all; top_p the fewest that have so much of the mass of what is left, 1 all. Each keeps also what is as
+    likely as the last of them.
 
     On CUDA nothing is sorted: passes over the row narrow down the least likely token that is kept.
     """

@@ -51,7 +51,7 @@ class Reference:
         """
         for prompt, output in zip(prompts, outputs, strict=True):
             assert len(output) == max_tokens
-            logits = self.logits(prompt + output)[len(prompt) - 1 : -1]
+            logits = self.logits([*prompt, *output])[len(prompt) - 1 : -1]
             gaps = logits.amax(dim=1) - logits.gather(1, torch.tensor(output)[:, None])[:, 0]
             assert gaps.max() < NEAR_TIE, f"{output} is not greedy: gaps {gaps.tolist()}, prompt {prompt}"
 

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -144,8 +145,12 @@ def test_close_leaves_nothing(own_engine, capfd):
         pids = pids_of(llm)
         waiting = llm.stream([1], greedy(None))
         next(waiting)
+        other_thread = ThreadPoolExecutor(1).submit(llm.generate, [[2]], greedy(None), use_tqdm=False)
+        eventually(lambda: stats_of(llm).num_running == 2, seconds=30, what="both requests")
         assert all(map(is_alive, pids))
         assert len(sockets_of(*pids)) == 3
+    with pytest.raises(EngineDeadError, match="closed"):
+        other_thread.result(timeout=5)
     with pytest.raises(EngineDeadError, match="closed"):
         list(waiting)
     with pytest.raises(EngineDeadError, match="closed"):

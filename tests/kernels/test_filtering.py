@@ -22,7 +22,7 @@ def kept_by_definition(logits: Sequence[float], limits: Limits) -> set[int]:
     order = sorted(range(len(scaled)), key=lambda i: -scaled[i])
     order = [i for i in order if math.exp(scaled[i] - largest) >= min_p]
     if top_k:
-        order = order[:top_k]
+        order = [i for i in order if scaled[i] >= scaled[order[:top_k][-1]]]
     masses = [math.exp(scaled[i] - largest) for i in order]
     last = order[0]
     for rank, i in enumerate(order):
