@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from rayllm.lanes import Lanes
@@ -62,7 +63,7 @@ class StepGraphs:
         """The smallest shapes first."""
         if not shapes:
             return
-        device = lanes.device
+        self._device = device = lanes.device
         largest_first = sorted(shapes, key=lambda shape: (-shape.num_tokens, -shape.num_chunks))
         size = max(sum(shape.sections) for shape in shapes)
         self._packed = torch.empty(size, dtype=torch.int64, device=device.torch_device)
@@ -72,7 +73,7 @@ class StepGraphs:
         for shape in track(largest_first, "capturing CUDA graphs"):
             with torch.cuda.stream(stream):
                 inputs = self._packed[: sum(shape.sections)]
-                inputs.copy_(device.put(pack_padding(shape, lanes.padding)))
+                device.put(pack_padding(shape, lanes.padding), out=inputs)
                 # what is new compiles, or allocates, outside of the graph
                 output = forward(unpack(inputs, shape, lanes))
                 if not self._graphs:  # the largest shape comes first: the others' results fit into its tensors
@@ -99,9 +100,9 @@ class StepGraphs:
                 return shape
         return None
 
-    def __call__(self, packed: torch.Tensor, shape: Shape) -> ModelOutput:
+    def __call__(self, packed: np.ndarray, shape: Shape) -> ModelOutput:
         """The step that `pack` padded to `shape`, which `find` found."""
-        self._packed[: len(packed)].copy_(packed)
+        self._device.put(packed, out=self._packed[: len(packed)])
         graph, output = self._graphs[shape]
         graph.replay()
         return output

@@ -26,10 +26,12 @@ class Device:
     def is_cuda(self) -> bool:
         return self.torch_device.type == "cuda"
 
-    def put(self, array: np.ndarray) -> torch.Tensor:
-        """Copies to the device; does not wait for what runs there."""
+    def put(self, array: np.ndarray, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Copies to the device, into `out` if that is given; does not wait for what runs there."""
         host = torch.from_numpy(array)
-        return host.pin_memory().to(self.torch_device, non_blocking=True) if self.is_cuda else host
+        if self.is_cuda:
+            host = host.pin_memory()
+        return host.to(self.torch_device, non_blocking=True) if out is None else out.copy_(host, non_blocking=True)
 
     def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """On a CPU it takes memory only where it is written to, which `torch.zeros` would not."""

@@ -49,6 +49,9 @@ logger = logging.getLogger("rayllm")
 MAX_STEPS_IN_FLIGHT = 2
 """One that the shards execute, one that waits for them."""
 
+SHORT_STEP_S = 0.002
+"""Steps of which one is over before the answer to the last has come and the next is launched: one more is in flight."""
+
 COMPILATION_S = 60.0
 """The first step may take so much longer than others."""
 
@@ -105,6 +108,8 @@ class Driver:
         self._num_steps = self._num_sequences = 0
         self._driver_s = 0.0
         self._times = StepTimes()
+        self._step_s = 0.0
+        """Of the device, for the last step that was answered; 0 before."""
         self._last_progress = time.monotonic()
         """When something last came of the steps in flight; `COMPILATION_S` later for the first."""
 
@@ -194,7 +199,8 @@ class Driver:
             running = True
             while running:
                 step, began = None, time.perf_counter()
-                if len(self.scheduler.in_flight) < MAX_STEPS_IN_FLIGHT and (step := self.scheduler.schedule()):
+                most = MAX_STEPS_IN_FLIGHT + (0 < self._step_s < SHORT_STEP_S)
+                if len(self.scheduler.in_flight) < most and (step := self.scheduler.schedule()):
                     if len(self.scheduler.in_flight) == 1:
                         self._last_progress = time.monotonic() + (0 if self._num_steps else COMPILATION_S)
                     self._num_steps += 1
@@ -237,6 +243,7 @@ class Driver:
                 if message.incarnation == self.incarnation:
                     self._last_progress = time.monotonic()
                     self._times += message.times
+                    self._step_s = message.times.device_s
                     self._publish(self.scheduler.update(message))
             case AddSequence():
                 self._num_sequences += 1

@@ -108,12 +108,13 @@ class ModelRunner:
         rows = take_rows(step, self.lanes)
         own = Shape.of(rows)
         shape = None if step.prunes else self.graphs.find(own)
-        packed = self.device.put(pack(rows, shape or own, self.lanes.padding))
+        packed = pack(rows, shape or own, self.lanes.padding)
         on_device.start()
         if shape is not None:
             output = self.graphs(packed, shape)
         else:
-            output = self._forward(unpack(packed, own, self.lanes), self._pruning_of(step, rows, pruning))
+            inputs = unpack(self.device.put(packed), own, self.lanes)
+            output = self._forward(inputs, self._pruning_of(step, rows, pruning))
         if step.prunes:
             self.lanes.prune(step.prunes)
         token_ids, logprobs = output.token_ids[: own.num_samples], None

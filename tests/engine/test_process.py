@@ -32,7 +32,7 @@ ARGUMENTS: dict[str, Any] = WHOLE | {"device": "cpu", "skip_tokenizer_init": Tru
 
 @pytest.mark.parametrize("tensor_parallel_size", [1, 2])
 def test_the_next_step_is_sent_before_the_last_is_answered(engines, reference, rng, tensor_parallel_size: int):
-    """With a shard frozen amid decoding, two steps are in flight; both count when it thaws."""
+    """With a shard frozen amid decoding, two steps are in flight, or three short ones; all count when it thaws."""
     llm = engines("llama", tensor_parallel_size, **WHOLE)
     before = stats_of(llm).num_steps
     prompt = [rng.randrange(199) for _ in range(9)]
@@ -41,11 +41,13 @@ def test_the_next_step_is_sent_before_the_last_is_answered(engines, reference, r
     frozen = rng.choice(pids_of(llm)[1:])
     os.kill(frozen, signal.SIGSTOP)
     try:
-        eventually(lambda: stats_of(llm).num_in_flight == 2, seconds=10, what="two steps in flight")
+        eventually(lambda: stats_of(llm).num_in_flight >= 2, seconds=10, what="two steps in flight")
+        time.sleep(0.3)
         num_steps = stats_of(llm).num_steps
         time.sleep(0.3)
         stats = stats_of(llm)
-        assert (stats.num_in_flight, stats.num_steps) == (2, num_steps)
+        assert stats.num_in_flight in (2, 3)
+        assert stats.num_steps == num_steps
         assert num_steps - before < 99, "it was frozen amid decoding"
     finally:
         os.kill(frozen, signal.SIGCONT)

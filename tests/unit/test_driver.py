@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from rayllm.config import EngineConfig
-from rayllm.driver import MAX_STEPS_IN_FLIGHT, Driver
+from rayllm.driver import MAX_STEPS_IN_FLIGHT, SHORT_STEP_S, Driver
 from rayllm.errors import EngineDeadError
 from rayllm.model_config import ModelConfig
 from rayllm.model_source import ModelSource
@@ -31,6 +31,7 @@ from rayllm.step import (
     ShardFailed,
     StepInput,
     StepOutput,
+    StepTimes,
     Stop,
     Updates,
     pack_ids,
@@ -113,8 +114,9 @@ class Peers:
         params = SamplingParams(max_tokens=max_tokens)
         self.to_driver.send(AddSequence(client, NewSequence(sequence, pack_ids([1, 2, 3]), 3, params, seed=0)))
 
-    def answer(self, step: StepInput, *token_ids: int, incarnation: int = INCARNATION) -> None:
-        self.to_driver.send(StepOutput(incarnation, step.step, list(token_ids)))
+    def answer(self, step: StepInput, *token_ids: int, incarnation: int = INCARNATION, device_s: float = 0.0) -> None:
+        times = StepTimes(device_s=device_s)
+        self.to_driver.send(StepOutput(incarnation, step.step, list(token_ids), times=times))
 
     def step(self) -> StepInput:
         """The next one, which both shards get."""
@@ -166,6 +168,19 @@ def test_every_step_is_sent_before_the_last_one_is_answered(peers: Peers):
     assert peers.no_step()
     peers.answer(step, 5)
     assert [(u.token_ids, u.finish_reason) for u in peers.updates()] == [([5], "length")]
+
+
+def test_short_steps_have_one_more_in_flight(peers: Peers):
+    peers.add(max_tokens=9)
+    steps = [peers.step(), peers.step()]
+    for i in range(3):
+        assert peers.no_step()
+        peers.answer(steps[i], 1, device_s=SHORT_STEP_S / 2 if i < 2 else SHORT_STEP_S)
+        peers.updates()
+        if i < 2:
+            steps += [peers.step() for _ in range(2 - i)]
+    assert [step.step for step in steps] == list(range(steps[0].step, steps[0].step + 5))
+    assert peers.no_step(), "two are in flight again"
 
 
 def test_a_row_behind_the_end_is_dropped(peers: Peers):
