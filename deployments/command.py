@@ -56,7 +56,7 @@ def run(options: argparse.Namespace) -> None:
 
     threading.Thread(target=find, daemon=True).start()  # it takes seconds, as does Ray
     started_ray = placement.connect(options.address, min_cpus=num_shards)
-    stopped = threading.Event()
+    stopped, deployed = threading.Event(), False
     for number in (signal.SIGINT, signal.SIGTERM):  # after Ray, which sets its own
         signal.signal(number, lambda *_: stopped.set())
     try:
@@ -64,7 +64,11 @@ def run(options: argparse.Namespace) -> None:
         if found.done() or not started_ray:
             found.result()  # raises, before Serve starts where it would stay
         _start_serve(options.host, options.port)
-        app = bind(*found.result())
+        if _status() is not None:
+            raise UsageError(
+                f"this cluster serves an application {APP!r} already: end its `rayllm serve`, or `serve shutdown`"
+            )
+        app, deployed = bind(*found.result()), True
         serve.run_many([serve.RunTarget(app, name=APP, route_prefix="/")], wait_for_applications_running=False)
         started = time.monotonic()
         if _wait(model.name, stopped):
@@ -76,7 +80,7 @@ def run(options: argparse.Namespace) -> None:
     finally:
         if started_ray:
             ray.shutdown()
-        else:
+        elif deployed:
             with contextlib.suppress(Exception):
                 serve.delete(APP)
 

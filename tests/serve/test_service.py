@@ -232,23 +232,28 @@ def test_rayllm_serve_until_sigterm(command, tiny_text_model: Path, smollm2: Pat
 
 
 @pytest.mark.slow
-def test_rayllm_serve_refuses_in_one_line(command, tiny: Service, tiny_text_model: Path, smollm2: Path):
+def test_rayllm_serve_refuses_in_one_line(command, deploy, tiny: Service, tiny_text_model: Path, smollm2: Path):
     taken = tiny.url.rpartition(":")[2].split("/")[0]
     common = [str(tiny_text_model), "--tokenizer", str(smollm2), "--device", "cpu"]
     address = ray.get_runtime_context().gcs_address
     elsewhere = ["--port", str(free_port()), "--address", address]
     too_small = ["--num-gpu-blocks-override", "3", "--port", taken, "--address", address]
+    second = ["--port", taken, "--address", address]
     for arguments, message in (
         (["--port", taken], f"cannot listen at 127.0.0.1:{taken}"),
         (elsewhere, f"Serve runs on this cluster already, at 127.0.0.1:{taken}"),
         (too_small, "not enough memory for one sequence: max_model_len=2048 needs 16 KV cache blocks"),
+        (second, "this cluster serves an application 'rayllm' already"),
     ):
+        if arguments is second:
+            first = deploy("rayllm", model=str(tiny_text_model), tokenizer=str(smollm2), num_gpu_blocks_override=200)
         start = time.monotonic()
         process = command(*common, *arguments)
         _, err = process.communicate(timeout=90)
         assert process.returncode == 2, err
         assert err.splitlines()[-1].startswith(f"Error: {message}"), err
         assert time.monotonic() - start < 90
+    assert first.http.get("/health").status_code == 200
 
 
 def test_haproxy_needs_an_open_host(smollm2: Path):
