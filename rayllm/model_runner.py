@@ -67,7 +67,10 @@ class ModelRunner:
 
     def count_blocks(self) -> int:
         """KV cache blocks that fit beside the weights and the largest step."""
-        activation_bytes = self._profile() if self.device.is_cuda else 0
+        activation_bytes = 0
+        if self.device.is_cuda:
+            self._compile()
+            activation_bytes = self._profile()
         return kv_cache.count_blocks(self.config, self.source.config, self.device, activation_bytes)
 
     def allocate(self, num_blocks: int) -> None:
@@ -82,11 +85,13 @@ class ModelRunner:
     @torch.inference_mode()
     def _compile(self) -> None:
         """Compiles the kernels of all kinds of steps, many at a time: one by one, as they run, takes far longer."""
+        self.allocate(1)
         decodes, chunked = ([shape for shape in self._graph_shapes if bool(shape.num_chunks) == has] for has in (0, 1))
         with compiling():
             for shape in (*decodes[:2], decodes[-1], chunked[0], chunked[-1]):
                 packed = self.device.put(pack_padding(shape, self.lanes.padding))
-                self._forward(unpack(packed, shape, self.lanes))
+                output = self._forward(unpack(packed, shape, self.lanes))
+            self.sampler.launch_filter(output.logits)
 
     @property
     def _graph_shapes(self) -> list[Shape]:
@@ -222,7 +227,6 @@ class ModelRunner:
             chunks=[number for lane in range(config.max_num_seqs) for number in (lane, length)],
         )
         self.allocate(len(table))
-        self._compile()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         self.execute(step).wait()

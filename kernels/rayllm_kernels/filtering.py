@@ -30,7 +30,8 @@ def filter_logits_reference(
 
         own = masses(ranked)
         is_kept = (ranked >= lowest) & (own.cumsum(dim=1) - own < top_p[:, None] * masses(logits).sum(1, keepdim=True))
-        lowest = torch.where(has_top_p, ranked.gather(1, is_kept.sum(1, keepdim=True) - 1), lowest)
+        last = ranked.gather(1, is_kept.sum(1, keepdim=True).clamp(min=1) - 1)
+        lowest = torch.where(has_top_p, last, lowest)
     return logits.masked_fill(logits < lowest, -torch.inf)
 
 
