@@ -221,8 +221,8 @@ def _flash_attn_4_refusal(dtype: torch.dtype, head_dim: int) -> str | None:
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")  # what it compiles is kept on disk
     try:
         import flash_attn.cute  # noqa: F401
-    except ImportError as error:
-        return f"FlashAttention-4 cannot be imported ({error})"
+    except Exception as error:  # half an installation raises other things than ImportError
+        return f"FlashAttention-4 cannot be imported ({error})".splitlines()[0]
     return None
 
 
