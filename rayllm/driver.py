@@ -1,4 +1,4 @@
-"""The driver: an actor that owns the scheduler and leads the shards, one step ahead of them."""
+"""The driver: an actor that owns the scheduler and leads the shards, a step or two ahead of them."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ from rayllm.transport import Address, Receiver, Sender, local_host
 
 logger = logging.getLogger("rayllm")
 
-MAX_STEPS_IN_FLIGHT = 2
+STEPS_IN_FLIGHT = 2
 """One that the shards execute, one that waits for them."""
 
 SHORT_STEP_S = 0.002
-"""Steps of which one is over before the answer to the last has come and the next is launched: one more is in flight."""
+"""A shorter step is over before the answer to the one before it has launched the next: then one more is in flight."""
 
 COMPILATION_S = 60.0
 """The first step may take so much longer than others."""
@@ -199,7 +199,7 @@ class Driver:
             running = True
             while running:
                 step, began = None, time.perf_counter()
-                most = MAX_STEPS_IN_FLIGHT + (0 < self._step_s < SHORT_STEP_S)
+                most = STEPS_IN_FLIGHT + (0 < self._step_s < SHORT_STEP_S)
                 if len(self.scheduler.in_flight) < most and (step := self.scheduler.schedule()):
                     if len(self.scheduler.in_flight) == 1:
                         self._last_progress = time.monotonic() + (0 if self._num_steps else COMPILATION_S)

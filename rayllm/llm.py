@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import threading
 import time
 import weakref
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from tqdm import tqdm
@@ -39,7 +41,8 @@ class LLM:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="rayllm", daemon=True)
         self._thread.start()
-        self._finalizer = weakref.finalize(self, _close, self.async_llm, self._loop, self._thread)
+        self._gate = _Gate()
+        self._finalizer = weakref.finalize(self, _close, self._gate, self.async_llm, self._loop, self._thread)
 
     def __enter__(self) -> LLM:
         return self
@@ -83,7 +86,7 @@ class LLM:
             while (increment := self._run(lambda: anext(increments, None))) is not None:
                 yield increment
         finally:
-            if not self._loop.is_closed():
+            with contextlib.suppress(EngineDeadError):  # closed, by whomever: then there is nothing to abort
                 self._run(increments.aclose)
 
     async def _generate_all(
@@ -146,11 +149,14 @@ class LLM:
             else:
                 result.cancel()
 
-        if self._loop.is_closed():
-            raise EngineDeadError("the engine was closed")
         try:
-            self._loop.call_soon_threadsafe(start)
+            with self._gate.lock:
+                if self._gate.is_closed:
+                    raise EngineDeadError("the engine was closed")
+                self._loop.call_soon_threadsafe(start)
             return result.result()
+        except concurrent.futures.CancelledError:
+            raise EngineDeadError("the engine was closed") from None
         except BaseExceptionGroup as group:
             raise group.exceptions[0] from None
         except BaseException:
@@ -161,12 +167,25 @@ class LLM:
             raise
 
 
-def _close(async_llm: AsyncLLM, loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
+@dataclass
+class _Gate:
+    """Through which threads give work to the loop, until it is closed."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    is_closed: bool = False
+
+
+def _close(gate: _Gate, async_llm: AsyncLLM, loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
     async def close() -> None:
         async_llm.close()
-        if requests := asyncio.all_tasks() - {asyncio.current_task()}:  # of other threads, which are told
-            await asyncio.wait(requests, timeout=CANCEL_TIMEOUT_S)
+        if requests := asyncio.all_tasks() - {asyncio.current_task()}:  # of other threads, which hear of it
+            _, stuck = await asyncio.wait(requests, timeout=CANCEL_TIMEOUT_S)
+            for request in stuck:  # it waits for something else, a restart of the engine, say
+                request.cancel()
+            await asyncio.gather(*stuck, return_exceptions=True)
 
+    with gate.lock:
+        gate.is_closed = True
     asyncio.run_coroutine_threadsafe(close(), loop).result()
     loop.call_soon_threadsafe(loop.stop)
     thread.join()

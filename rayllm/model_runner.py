@@ -53,11 +53,16 @@ class ModelRunner:
         self.model = build_model(source.config, tp, device.torch_device, DTYPES[config.dtype], config.max_model_len)
         self.scale = source.config.head_dim**-0.5
         self.policy = make_policy(config)
-        threading.Thread(target=lambda: self.prefill_backend).start()  # its import takes seconds
+        if device.is_cuda:
+            threading.Thread(target=self._import_prefill, daemon=True).start()  # which takes seconds
 
     @property
     def prefill_backend(self) -> str:
         return prefill_backend(DTYPES[self.config.dtype], self.source.config.head_dim)
+
+    def _import_prefill(self) -> None:
+        torch.cuda.set_device(self.device.torch_device)  # each thread has its own
+        _ = self.prefill_backend
 
     def load(self, track: Track = untracked) -> int:
         """Fills the weights; returns the bytes read."""
@@ -67,10 +72,7 @@ class ModelRunner:
 
     def count_blocks(self) -> int:
         """KV cache blocks that fit beside the weights and the largest step."""
-        activation_bytes = 0
-        if self.device.is_cuda:
-            self._compile()
-            activation_bytes = self._profile()
+        activation_bytes = self._profile() if self.device.is_cuda else 0
         return kv_cache.count_blocks(self.config, self.source.config, self.device, activation_bytes)
 
     def allocate(self, num_blocks: int) -> None:
@@ -83,10 +85,13 @@ class ModelRunner:
         self.graphs = StepGraphs(self._forward, self.lanes, [])
 
     @torch.inference_mode()
-    def _compile(self) -> None:
-        """Compiles the kernels of all kinds of steps, many at a time: one by one, as they run, takes far longer."""
+    def compile(self) -> None:
+        """On a GPU, compiles the kernels of all kinds of steps, many at a time: one by one would take longer."""
+        if not self.device.is_cuda:
+            return
         self.allocate(1)
-        decodes, chunked = ([shape for shape in self._graph_shapes if bool(shape.num_chunks) == has] for has in (0, 1))
+        decodes = [shape for shape in self._graph_shapes if not shape.num_chunks]
+        chunked = [shape for shape in self._graph_shapes if shape.num_chunks]
         with compiling():
             for shape in (*decodes[:2], decodes[-1], chunked[0], chunked[-1]):
                 packed = self.device.put(pack_padding(shape, self.lanes.padding))

@@ -69,7 +69,7 @@ class Sampler:
         """As `draw`, with all that the lanes ask for; `lanes` are `rows` on the host. Gathers the whole logits."""
         state = self.lanes
         index, temperature = positions - state.prompt_lens[rows], state.temperature[rows]
-        raw = self.tp.all_gather(logits)[:, : self.vocab_size].float()
+        raw = self._gathered(logits)
         processed = raw
         if state.is_biased[lanes].any():
             processed = self._add_biases(processed, rows, index)
@@ -85,8 +85,12 @@ class Sampler:
     def launch_filter(self, logits: torch.Tensor) -> None:
         """Launches what `draw_processed` needs beside `draw`, to no effect: so that it is compiled."""
         state, rows = self.lanes, torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
-        filtered = self._filter(logits.float(), rows)
+        filtered = self._filter(self._gathered(logits), rows)
         sample_gumbel(filtered, state.temperature[rows], state.seeds[rows], rows)
+
+    def _gathered(self, logits: torch.Tensor) -> torch.Tensor:
+        """All ranks' logits, of tokens only, in float32."""
+        return self.tp.all_gather(logits)[:, : self.vocab_size].float()
 
     def _filter(self, logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         state = self.lanes

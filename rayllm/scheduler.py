@@ -1,7 +1,7 @@
 """Continuous batching under one token budget.
 
-`schedule()` decides a step, `update()` takes its result in; the driver lets up to two steps lie between, so that
-the shards never wait for a decision. There is no prefill phase and no decode phase: a step gives each running
+`schedule()` decides a step, `update()` takes its result in; the driver lets two steps lie between, or three short ones,
+so that the shards never wait for a decision. There is no prefill phase and no decode phase: a step gives each running
 sequence that decodes its one token, then fills the budget with chunks of prompts, those of running ones first.
 """
 

@@ -53,7 +53,8 @@ def compiling() -> Iterator[None]:
 
 @cache
 def dependent_launch(device: torch.device) -> dict[str, bool]:
-    """Launch arguments of a kernel that begins with `if DEPENDENT: gdc_wait()`, and then lets the next one start.
+    """Launch arguments of a kernel with `if DEPENDENT: gdc_wait()`, which then lets the next one start. Before that it
+    writes nothing, and reads nothing of the kernel launched just before it.
 
     From Hopper on it is launched while the kernel before it still runs (programmatic dependent launch), and waits for
     that one's results by itself: a microsecond less between two small kernels.

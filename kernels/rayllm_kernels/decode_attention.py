@@ -150,7 +150,7 @@ def _decode_kernel(
 ):
     """One item, a split of one sequence's keys, for the query heads of one KV head."""
     kv_head, item = tl.program_id(0), tl.program_id(1)
-    seq = tl.load(items + item).to(tl.int64)  # older than the kernel before this one
+    seq = tl.load(items + item).to(tl.int64)  # an ordinary kernel lies between that and this one
     start = tl.load(items + num_items + item)
     end = tl.load(items + 2 * num_items + item)
     first = tl.load(items + 3 * num_items + item)
@@ -223,13 +223,13 @@ class _Plan(NamedTuple):
     tile: int  # keys
 
 
-def _plan(batch: int, head_dim: int, dtype: torch.dtype) -> _Plan:
-    """How to launch; measured on an H100.
+def _plan(batch: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> _Plan:
+    """How to launch; measured on an H100 with 8 KV heads.
 
     There are more items than sequences, so that the GPU does not wait at the end for one long sequence among short
-    ones; but few splits are best where the sequences alone fill it.
+    ones; but few splits are best where the sequences alone fill it. Every item is a program for each KV head.
     """
-    num_items = batch + min(32 * batch, max(256, 2 * batch))
+    num_items = batch + min(-(-256 // kv_heads) * batch, max(2048 // kv_heads, 2 * batch))
     min_split = min(max(64, 24 * batch), 1024)
     if dtype == torch.float32:  # no tensor cores: large tiles spill
         return _Plan(num_items, min_split, tile=16)
@@ -251,6 +251,7 @@ def _divide_triton(kv_lens: torch.Tensor, plan: _Plan, kv_heads: int) -> DecodeI
         BATCH_PADDED=batch_padded,
         ITEMS=chunk,
     )
+    # The zeros' kernel lies between: `_decode_kernel` reads items before the kernel just before it has ended.
     return DecodeItems(items, torch.zeros(batch, kv_heads, dtype=torch.int32, device=kv_lens.device))
 
 
@@ -271,7 +272,7 @@ def _decode_attention_triton(
         out = torch.empty(batch, heads, head_dim, dtype=q.dtype, device=q.device)
     if batch == 0:
         return out
-    plan = _plan(batch, head_dim, q.dtype)
+    plan = _plan(batch, kv_heads, head_dim, q.dtype)
     work, arrivals = items or _divide_triton(kv_lens, plan, kv_heads)
     num_items = work.shape[1]
     group, head_dim_padded = (triton.next_power_of_2(n) for n in (heads // kv_heads, head_dim))
@@ -313,7 +314,7 @@ def divide_decodes(kv_lens: torch.Tensor, k_cache: torch.Tensor) -> DecodeItems 
     if not kv_lens.is_cuda or not len(kv_lens):
         return None
     kv_heads, head_dim = k_cache.shape[2:]
-    return _divide_triton(kv_lens, _plan(len(kv_lens), head_dim, k_cache.dtype), kv_heads)
+    return _divide_triton(kv_lens, _plan(len(kv_lens), kv_heads, head_dim, k_cache.dtype), kv_heads)
 
 
 def decode_attention(
@@ -331,9 +332,9 @@ def decode_attention(
 
     q: [B, Hq, D], contiguous along D. k_cache, v_cache: [num_blocks, block_size, Hkv, D], contiguous.
     block_tables: [B, max_blocks] int32, anything past a sequence's end. kv_lens: [B] int32. max_kv_len: an upper
-    bound of `kv_lens` known to the host, at most max_blocks · block_size. items: from `divide_decodes`, by default
-    made here. Returns [B, Hq, D] in q's dtype, in `out` if that is given, contiguous; a sequence without keys leaves
-    its row there as it was.
+    bound of `kv_lens` known to the host, at most max_blocks · block_size; CUDA needs none. items: from
+    `divide_decodes`, by default made here. Returns [B, Hq, D] in q's dtype, in `out` if that is given, contiguous; a
+    sequence without keys leaves its row there as it was.
 
     On CUDA the launch depends on nothing but the arguments' shapes, so that a graph can capture it: FlashDecoding
     (pytorch.org/blog/flash-decoding), with splits of one size for all sequences, and the last of a sequence's splits

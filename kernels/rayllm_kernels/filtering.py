@@ -65,7 +65,7 @@ def _search(
     while (inside > 1) & (high - low > 1):
         bound_1 = (low + (high - low) // 4).to(tl.int32)
         bound_2 = (low + (high - low) // 2).to(tl.int32)
-        bound_3 = (high - (high - low) // 4).to(tl.int32)
+        bound_3 = (high - tl.maximum((high - low) // 4, 1)).to(tl.int32)  # high is above what a target of 0 reaches
         count_1 = tl.zeros((BLOCK,), tl.int32)
         count_2 = tl.zeros((BLOCK,), tl.int32)
         count_3 = tl.zeros((BLOCK,), tl.int32)
@@ -154,7 +154,7 @@ def _filter_logits_triton(
     out = torch.empty_like(logits)
     if len(logits):
         _filter_kernel[(len(logits),)](
-            logits, temperature, top_k, top_p.contiguous(), min_p.contiguous(), out, logits.shape[1],
+            logits, temperature, top_k, top_p, min_p, out, logits.shape[1],
             BLOCK=_BLOCK, num_warps=16,
         )  # fmt: skip
     return out
@@ -165,10 +165,10 @@ def filter_logits(
 ) -> torch.Tensor:
     """`logits` [S, V] float32 with −inf for what min_p, top_k and top_p (Holtzman et al. 2020) leave out, in turn.
 
-    temperature, top_p, min_p: [S] float32; top_k: [S] int64. Probabilities are those of logits / temperature (of logits
-    where it is 0). min_p keeps tokens that are at least so likely, relative to the likeliest. top_k keeps the k
-    likeliest, 0 all; top_p the fewest that have so much of the mass of what is left, 1 all. Each keeps also what is as
-    likely as the last of them.
+    temperature, top_p, min_p: [S] float32; top_k: [S] int64; all contiguous. Probabilities are those of
+    logits / temperature (of logits where it is 0). min_p keeps tokens that are at least so likely, relative to the
+    likeliest. top_k keeps the k likeliest, 0 all; top_p the fewest that have so much of the mass of what is left, 1
+    all. Each keeps also what is as likely as the last of them.
 
     On CUDA nothing is sorted: passes over the row narrow down the least likely token that is kept.
     """

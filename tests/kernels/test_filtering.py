@@ -86,6 +86,13 @@ def test_triton(device: torch.device, vocab_size: int) -> None:
     assert torch.equal(filtered[kept], logits[kept])
 
 
+def test_the_likeliest_are_always_kept(device: torch.device) -> None:
+    """Where a share of the mass is too small for float32, or the mass is: two tokens tie for the most."""
+    logits = torch.tensor([[1.0, 5, 5, 2]] * 2, device=device)
+    filtered = _filter_logits_triton(logits, *tensors([(1.0, 0, 1e-50, 0.0), (1e-40, 0, 0.9, 0.0)], device))
+    assert (filtered > -torch.inf).tolist() == [[False, True, True, False]] * 2
+
+
 @pytest.mark.gpu
 def test_whole_vocabulary_on_a_gpu() -> None:
     if not torch.cuda.is_available():

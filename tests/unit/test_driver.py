@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from rayllm.config import EngineConfig
-from rayllm.driver import MAX_STEPS_IN_FLIGHT, SHORT_STEP_S, Driver
+from rayllm.driver import SHORT_STEP_S, STEPS_IN_FLIGHT, Driver
 from rayllm.errors import EngineDeadError
 from rayllm.model_config import ModelConfig
 from rayllm.model_source import ModelSource
@@ -161,7 +161,7 @@ def test_every_step_is_sent_before_the_last_one_is_answered(peers: Peers):
         ahead = peers.step()
         assert (ahead.step, ahead.decode_lanes) == (step.step + 1, [0])
         if token_id == 2:
-            assert peers.no_step(), f"more than {MAX_STEPS_IN_FLIGHT} steps in flight"
+            assert peers.no_step(), f"more than {STEPS_IN_FLIGHT} steps in flight"
         peers.answer(step, token_id)
         assert [(u.token_ids, u.finish_reason) for u in peers.updates()] == [([token_id], None)]
         step = ahead
