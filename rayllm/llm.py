@@ -150,10 +150,7 @@ class LLM:
                 result.cancel()
 
         try:
-            with self._gate.lock:
-                if self._gate.is_closed:
-                    raise EngineDeadError("the engine was closed")
-                self._loop.call_soon_threadsafe(start)
+            self._gate.pass_on(self._loop, start)
             return result.result()
         except concurrent.futures.CancelledError:
             raise EngineDeadError("the engine was closed") from None
@@ -161,9 +158,10 @@ class LLM:
             raise group.exceptions[0] from None
         except BaseException:
             if not result.done():
-                self._loop.call_soon_threadsafe(cancel)
-                # until it has ended, a generator that it runs cannot be closed
-                concurrent.futures.wait([result], CANCEL_TIMEOUT_S)
+                with contextlib.suppress(EngineDeadError):  # whoever closes cancels everything
+                    self._gate.pass_on(self._loop, cancel)
+                    # until it has ended, a generator that it runs cannot be closed
+                    concurrent.futures.wait([result], CANCEL_TIMEOUT_S)
             raise
 
 
@@ -171,8 +169,14 @@ class LLM:
 class _Gate:
     """Through which threads give work to the loop, until it is closed."""
 
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    lock: Any = field(default_factory=threading.RLock)  # a stream that is collected meanwhile passes through it too
     is_closed: bool = False
+
+    def pass_on(self, loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) -> None:
+        with self.lock:
+            if self.is_closed:
+                raise EngineDeadError("the engine was closed")
+            loop.call_soon_threadsafe(callback)
 
 
 def _close(gate: _Gate, async_llm: AsyncLLM, loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
