@@ -187,6 +187,7 @@ def _close(gate: _Gate, async_llm: AsyncLLM, loop: asyncio.AbstractEventLoop, th
             for request in stuck:  # it waits for something else, a restart of the engine, say
                 request.cancel()
             await asyncio.gather(*stuck, return_exceptions=True)
+        await loop.shutdown_asyncgens()  # streams that nobody reads just now
 
     with gate.lock:
         gate.is_closed = True
