@@ -24,6 +24,7 @@ def filter_logits_reference(
         ranked = (logits.sort(descending=True) if most == vocab_size else logits.topk(most)).values
         kth = ranked.gather(1, top_k[:, None].clamp(1, most) - 1)
         lowest = torch.where(has_top_k, torch.maximum(lowest, kth), lowest)
+    if has_top_p.any():
 
         def masses(values: torch.Tensor) -> torch.Tensor:
             return ((values - largest).double() / scale).exp().masked_fill(values < lowest, 0)
