@@ -53,16 +53,11 @@ class ModelRunner:
         self.model = build_model(source.config, tp, device.torch_device, DTYPES[config.dtype], config.max_model_len)
         self.scale = source.config.head_dim**-0.5
         self.policy = make_policy(config)
-        if device.is_cuda:
-            threading.Thread(target=self._import_prefill, daemon=True).start()  # which takes seconds
+        threading.Thread(target=lambda: self.prefill_backend, daemon=True).start()  # its import takes seconds
 
     @property
     def prefill_backend(self) -> str:
         return prefill_backend(DTYPES[self.config.dtype], self.source.config.head_dim)
-
-    def _import_prefill(self) -> None:
-        torch.cuda.set_device(self.device.torch_device)  # each thread has its own
-        _ = self.prefill_backend
 
     def load(self, track: Track = untracked) -> int:
         """Fills the weights; returns the bytes read."""
@@ -85,18 +80,14 @@ class ModelRunner:
         self.graphs = StepGraphs(self._forward, self.lanes, [])
 
     @torch.inference_mode()
-    def compile(self) -> None:
-        """On a GPU, compiles the kernels of all kinds of steps, many at a time: one by one would take longer."""
-        if not self.device.is_cuda:
-            return
-        self.allocate(1)
+    def _compile(self) -> None:
+        """Compiles the kernels of all kinds of steps, many at a time: one by one, as they run, takes far longer."""
         decodes = [shape for shape in self._graph_shapes if not shape.num_chunks]
         chunked = [shape for shape in self._graph_shapes if shape.num_chunks]
         with compiling():
             for shape in (*decodes[:2], decodes[-1], chunked[0], chunked[-1]):
                 packed = self.device.put(pack_padding(shape, self.lanes.padding))
-                output = self._forward(unpack(packed, shape, self.lanes))
-            self.sampler.launch_filter(output.logits)
+                self._forward(unpack(packed, shape, self.lanes))
 
     @property
     def _graph_shapes(self) -> list[Shape]:
@@ -232,6 +223,7 @@ class ModelRunner:
             chunks=[number for lane in range(config.max_num_seqs) for number in (lane, length)],
         )
         self.allocate(len(table))
+        self._compile()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         self.execute(step).wait()

@@ -69,32 +69,19 @@ class Sampler:
         """As `draw`, with all that the lanes ask for; `lanes` are `rows` on the host. Gathers the whole logits."""
         state = self.lanes
         index, temperature = positions - state.prompt_lens[rows], state.temperature[rows]
-        raw = self._gathered(logits)
+        raw = self.tp.all_gather(logits)[:, : self.vocab_size].float()
         processed = raw
         if state.is_biased[lanes].any():
             processed = self._add_biases(processed, rows, index)
         if state.is_penalized[lanes].any():
             processed = self._penalize(processed, rows, positions, int(state.num_tokens[lanes].max()) - 1)
         if state.is_filtered[lanes].any():
-            processed = self._filter(processed, rows)
+            limits = state.top_k[rows], state.top_p[rows], state.min_p[rows]
+            processed = filter_logits(processed, temperature, *limits)
         token_ids = self.tp.broadcast(sample_gumbel(processed, temperature, state.seeds[rows], index)[1])
         state.token_ids[rows, positions] = token_ids.int()
         num_logprobs = int(state.logprobs[lanes].max())
         return token_ids, top_logprobs(raw, token_ids, num_logprobs) if num_logprobs >= 0 else None
-
-    def launch_filter(self, logits: torch.Tensor) -> None:
-        """Launches what `draw_processed` needs beside `draw`, to no effect: so that it is compiled."""
-        state, rows = self.lanes, torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
-        filtered = self._filter(self._gathered(logits), rows)
-        sample_gumbel(filtered, state.temperature[rows], state.seeds[rows], rows)
-
-    def _gathered(self, logits: torch.Tensor) -> torch.Tensor:
-        """All ranks' logits, of tokens only, in float32."""
-        return self.tp.all_gather(logits)[:, : self.vocab_size].float()
-
-    def _filter(self, logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        state = self.lanes
-        return filter_logits(logits, state.temperature[rows], state.top_k[rows], state.top_p[rows], state.min_p[rows])
 
     def _add_biases(self, logits: torch.Tensor, rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         state = self.lanes

@@ -80,8 +80,6 @@ class Shard:
         tp = parallel.join(self.rank, config.tensor_parallel_size, store, self.device, node_id, shared)
         self.runner = ModelRunner(config, source, tp, self.device)
         self.bytes_read = self.runner.load(self._tracker.track)
-        self._tracker.stage("compiling kernels")
-        self.runner.compile()
         self._tracker.stage("measuring memory")
         return self.runner.count_blocks()
 
