@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import accumulate
 from statistics import median
 
@@ -138,41 +139,36 @@ def bench_filter(rows: int, top_k: int, top_p: float) -> None:
     report("filter_logits", f"{rows}x{VOCAB_SIZE}, top_k {top_k}, top_p {top_p}", time)
 
 
-def bench_pruning(prompts: int, kv_len: int, heads: int, weights: float) -> None:
-    """One layer of pruning to 2,048 tokens, and its share of the time that the layer takes to prefill the prompts.
+def bench_pruning(kv_len: int, layers: int, heads: int, weights: float) -> None:
+    """Pruning one prompt to 2,048 tokens in all layers, and its share of the time that the prompt's prefill takes.
 
-    `weights`: of the layer, whose products are taken to run at 700 TFLOP/s; attention is measured.
+    `weights`: of a layer, whose products are taken to run at 700 TFLOP/s; attention is measured.
     """
     window, kept, block_size = 32, 2048, 128
-    k_cache, v_cache, tables = paged_cache([kv_len] * prompts, block_size)
-    new_tables = torch.randperm(len(k_cache), device="cuda", dtype=torch.int32)[: prompts * kept // block_size]
-    new_tables = new_tables.view(prompts, -1)
-    q = torch.randn(prompts, window, heads, HEAD_DIM, dtype=DTYPE, device="cuda")
-    lens = torch.full((prompts,), kv_len, device="cuda")
-    counts = torch.full((prompts,), kept, device="cuda")
-    scores = window_scores(q, k_cache, tables, lens.int(), SCALE, kv_len)
-    select = lambda: select_kept(scores, lens, counts, kept, sinks=4, window=window, pool_width=15)  # noqa: E731
-    chosen = select()
-    parts = {
-        "score": microseconds(lambda: window_scores(q, k_cache, tables, lens.int(), SCALE, kv_len)),
-        "select": microseconds(select),
-        "compact": microseconds(lambda: compact_kv(k_cache, v_cache, tables, chosen, counts, new_tables)),
-    }
+    blocks, new_blocks = -(-kv_len // block_size), kept // block_size
+    shape = (layers, blocks + new_blocks, block_size, KV_HEADS, HEAD_DIM)
+    k_cache, v_cache = (torch.randn(shape, dtype=DTYPE, device="cuda") for _ in range(2))
+    table, new_table = torch.randperm(shape[1], device="cuda", dtype=torch.int32).split((blocks, new_blocks))
+    q = torch.randn(layers, window, heads, HEAD_DIM, dtype=DTYPE, device="cuda")
+    score = partial(window_scores, q, k_cache, table, kv_len, SCALE)
+    select = partial(select_kept, score(), kept, sinks=4, window=window, pool_width=15)
+    compact = partial(compact_kv, k_cache, v_cache, table, select(), new_table)
+    parts = {"score": microseconds(score), "select": microseconds(select), "compact": microseconds(compact)}
     tokens = 8192
     queries = torch.randn(tokens, heads, HEAD_DIM, dtype=DTYPE, device="cuda")
     starts = torch.tensor([0, tokens], dtype=torch.int32, device="cuda")
 
     def prefill_chunk(end: int) -> float:
         length = torch.tensor([end], dtype=torch.int32, device="cuda")
-        chunk = (queries, k_cache, v_cache, tables[:1], starts, length, tokens, end, SCALE)
+        chunk = (queries, k_cache[0], v_cache[0], table[None], starts, length, tokens, end, SCALE)
         return microseconds(lambda: prefill_attention(*chunk), repeats=3)
 
     # the chunks that are whole: the share comes out a little too large
     attention = sum(prefill_chunk(end) for end in range(tokens, kv_len + 1, tokens))
-    prefill = prompts * (attention + 2 * weights * kv_len / 700e6)
+    prefill = layers * (attention + 2 * weights * kv_len / 700e6)
     total = sum(parts.values())
-    case = f"{prompts}x{kv_len}, {heads} heads"
-    report("pruning", case, total, **{k: round(v, 1) for k, v in parts.items()}, share=round(total / prefill, 4))
+    figures = {name: round(time, 1) for name, time in parts.items()}
+    report("pruning", f"{kv_len} in {layers} layers, {heads} heads", total, **figures, share=round(total / prefill, 4))
 
 
 def main() -> None:
@@ -193,8 +189,8 @@ def main() -> None:
     bench_decode("1x384", [384])
     bench_prefill(32, 2048, context=0)
     bench_prefill(8, 2048, context=8192)
-    bench_pruning(16, 32_000, HEADS, weights=15.7e6)  # Qwen3-0.6B
-    bench_pruning(1, 131_072, 32, weights=193e6)  # Qwen3-8B
+    bench_pruning(32_000, 28, HEADS, weights=15.7e6)  # Qwen3-0.6B
+    bench_pruning(131_072, 36, 32, weights=193e6)  # Qwen3-8B
     for rows in (1, 256):
         for temperature in (0.0, 0.6):
             bench_sampling(rows, temperature)

@@ -28,7 +28,7 @@ from rayllm.config import EngineConfig
 from rayllm.cuda_graphs import ModelOutput
 from rayllm.device import open_device
 from rayllm.model_input import ModelInput
-from rayllm.model_runner import ModelRunner, Pruning
+from rayllm.model_runner import ModelRunner
 from rayllm.model_source import ModelSource, resolve_model
 from rayllm.parallel import TensorParallel
 from rayllm.pruning import PruningPolicy, SnapKV, Streaming
@@ -107,18 +107,17 @@ class SeedRule(SnapKV):
 
     pool_width: ClassVar[int] = 1
 
-    def score(
-        self, q: Tensor, k_cache: Tensor, block_tables: Tensor, kv_lens: Tensor, scale: float, max_kv_len: int
-    ) -> Tensor:
-        num_kv_heads = k_cache.shape[2]
-        keys = k_cache.index_select(0, block_tables[0]).flatten(0, 1)[:max_kv_len]
-        grouped = q[0].unflatten(1, (num_kv_heads, q.shape[2] // num_kv_heads))
-        logits = torch.einsum("whgd,khd->hgwk", grouped, keys) * scale
-        causal = torch.ones(logits.shape[-2:], dtype=torch.bool).tril(max_kv_len - self.window)
-        return self.reduce(logits.masked_fill(~causal, -torch.inf).softmax(dim=-1))[None]
+    def score(self, q: Tensor, k_cache: Tensor, block_table: Tensor, kv_len: int, scale: float) -> Tensor:
+        causal = torch.ones(self.window, kv_len, dtype=torch.bool).tril(kv_len - self.window)
+        scores = []
+        for queries, cache in zip(q, k_cache, strict=True):
+            keys = cache[block_table].flatten(0, 1)[:kv_len]
+            logits = torch.einsum("whgd,khd->hgwk", queries.unflatten(1, (keys.shape[1], -1)), keys) * scale
+            scores.append(self.reduce(logits.masked_fill(~causal, -torch.inf).softmax(dim=-1)))
+        return torch.stack(scores)
 
     def reduce(self, weights: Tensor) -> Tensor:
-        """[KV heads, keys] of one prompt's weights, [KV heads, query heads of each, window, keys]."""
+        """[KV heads, keys] of one layer's weights, [KV heads, query heads of each, window, keys]."""
         return weights.sum(dim=(0, 1, 2)).expand(len(weights), -1)
 
 
@@ -154,10 +153,8 @@ class Runner(ModelRunner):
         self.num_blocks = config.max_model_len // config.block_size  # type: ignore[operator]
         self.allocate(2 * self.num_blocks)
 
-    def _forward(
-        self, inputs: ModelInput, pruning: Pruning | None = None, logits_out: Tensor | None = None
-    ) -> ModelOutput:
-        output = super()._forward(inputs, pruning, logits_out)
+    def _forward(self, inputs: ModelInput, logits_out: Tensor | None = None) -> ModelOutput:
+        output = super()._forward(inputs, logits_out)
         self.hidden = output.hidden
         return output
 
@@ -178,6 +175,8 @@ class Runner(ModelRunner):
         """Log-probabilities over the vocabulary for each of the last five tokens, over what `policy` keeps of the
         first `prompt_len`, which are in the cache: [5, V]."""
         self.policy = policy
+        if policy is not None:
+            self.windows = self.windows.new_empty(*self.windows.shape[:2], policy.window, *self.windows.shape[3:])
         last = max(policy.window, 1) if policy else 1
         table = list(range(self.num_blocks, 2 * self.num_blocks))
         prunes = [Prune(0, kept, table)] if policy else []

@@ -34,14 +34,15 @@ class ModelOutput:
         return ModelOutput(self.hidden[: shape.num_tokens], self.logits[:n], self.token_ids[:n])
 
 
-def graph_shapes(max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int) -> list[Shape]:
+def graph_shapes(max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int, max_prunes: int) -> list[Shape]:
     """Shapes of steps that only decode, and of steps with chunks, whose number and tokens are padded separately."""
     decodes = _up_to(max_num_seqs, [1, 2, 4, 8, 16, 24, 32, 48, 64, 80, *range(96, max_num_seqs, 32)])
-    shapes = [Shape(n, n, 0, n, 0, max_model_len) for n in decodes]
+    shapes = [Shape(n, n, 0, n, 0, max_model_len, 0) for n in decodes]
     tokens = _up_to(max_num_batched_tokens, [128, 256, 512, *(2**k * half for k in range(9, 30) for half in (2, 3))])
     for num_tokens in tokens:
         n = min(max_num_seqs, num_tokens)
-        shapes += [Shape(num_tokens, n, chunks, n, num_tokens, max_model_len) for chunks in _up_to(n, [16])]
+        sizes = n, num_tokens, max_model_len, max_prunes
+        shapes += [Shape(num_tokens, n, chunks, *sizes) for chunks in _up_to(n, [16])]
     return shapes
 
 

@@ -49,12 +49,12 @@ def _budget(config: EngineConfig, device: Device, activation_bytes: int) -> int:
 
 def allocate(
     config: EngineConfig, model: ModelConfig, device: Device, num_blocks: int
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """For each layer its keys and values, [num_blocks + 1, block_size, local KV heads, head_dim].
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values, each [layers, num_blocks + 1, block_size, local KV heads, head_dim].
 
     The last block takes what padding rows write. Zeros, since masked slots are still multiplied by 0.
     """
     heads = model.local_kv_heads(config.tensor_parallel_size)
-    shape = (model.num_hidden_layers, 2, num_blocks + 1, config.block_size, heads, model.head_dim)
-    cache = device.zeros(shape, DTYPES[config.dtype])
-    return [(layer[0], layer[1]) for layer in cache]
+    shape = (2, model.num_hidden_layers, num_blocks + 1, config.block_size, heads, model.head_dim)
+    keys, values = device.zeros(shape, DTYPES[config.dtype])
+    return keys, values

@@ -23,6 +23,8 @@ class Rows:
     """Of those, the ones without KV."""
     samples: np.ndarray
     """bool: the row reaches its lane's last token, so its output is sampled from."""
+    pruned: np.ndarray
+    """Not [R]: indices of the rows whose prompts the step prunes, in its order."""
     num_decodes: int
 
     @property
@@ -45,9 +47,11 @@ def take_rows(step: StepInput, lanes: Lanes) -> Rows:
     starts = lanes.num_computed_tokens[row_lanes]
     samples = starts + num_tokens == lanes.num_tokens[row_lanes]
     num_pruned = lanes.num_pruned_tokens[row_lanes]
+    row_of = {lane: row for row, lane in enumerate(row_lanes.tolist())} if step.prunes else {}
+    pruned = np.array([row_of[prune.lane] for prune in step.prunes], np.int64)
     lanes.num_computed_tokens[row_lanes] += num_tokens
     lanes.num_tokens[row_lanes[samples]] += 1
-    return Rows(row_lanes, num_tokens, starts, num_pruned, samples, num_decodes)
+    return Rows(row_lanes, num_tokens, starts, num_pruned, samples, pruned, num_decodes)
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,7 @@ class Shape:
     max_seqlen_q: int
     """Of the chunks."""
     max_kv_len: int
+    num_prunes: int
 
     @classmethod
     def of(cls, rows: Rows) -> Shape:
@@ -73,6 +78,7 @@ class Shape:
             num_samples=int(rows.samples.sum()),
             max_seqlen_q=int(rows.num_tokens[n:].max(initial=0)),
             max_kv_len=int(rows.kv_lens.max()),
+            num_prunes=len(rows.pruned),
         )
 
     @property
@@ -87,6 +93,7 @@ class Shape:
             self.num_chunks + 1,
             self.num_samples,
             self.num_samples,
+            self.num_prunes,
         ]
 
 
@@ -96,7 +103,7 @@ def pack(rows: Rows, shape: Shape, padding: int) -> np.ndarray:
     Padding tokens and samples belong to the lane `padding`, padding rows have no keys.
     """
     sections = np.zeros(sum(shape.sections), np.int64)
-    tokens, positions, row_lanes, kv_lens, cu_seqlens_q, sample_rows, sample_lanes = np.split(
+    tokens, positions, row_lanes, kv_lens, cu_seqlens_q, sample_rows, sample_lanes, window_ends = np.split(
         sections, np.cumsum(shape.sections)[:-1]
     )
     tokens[:], row_lanes[:], sample_lanes[:] = padding, padding, padding
@@ -113,13 +120,14 @@ def pack(rows: Rows, shape: Shape, padding: int) -> np.ndarray:
     cu_seqlens_q[1 : num_chunks + 1] = ends[n:]
     sample_rows[:num_samples] = ends[rows.samples] - 1
     sample_lanes[:num_samples] = rows.lanes[rows.samples]
+    window_ends[: len(rows.pruned)] = ends[rows.pruned]
     return sections
 
 
 def pack_padding(shape: Shape, padding: int) -> np.ndarray:
     """A step of `shape` that does nothing, as `pack` gives it."""
     empty = np.empty(0, np.int64)
-    return pack(Rows(empty, empty, empty, empty, samples=empty > 0, num_decodes=0), shape, padding)
+    return pack(Rows(empty, empty, empty, empty, samples=empty > 0, pruned=empty, num_decodes=0), shape, padding)
 
 
 @dataclass(frozen=True)
@@ -145,11 +153,14 @@ class ModelInput:
     """[S] int64."""
     sample_positions: torch.Tensor
     """[S] int64: where in their lanes the sampled tokens go."""
+    window_ends: torch.Tensor
+    """[W] int64: the token after the last one of each prompt that is pruned; 0 is padding."""
 
 
 def unpack(packed: torch.Tensor, shape: Shape, lanes: Lanes) -> ModelInput:
     """The step's tensors, from `pack`'s array on the device and the lanes' state."""
-    tokens, positions, row_lanes, kv_lens, cu_seqlens_q, sample_rows, sample_lanes = packed.split(shape.sections)
+    parts = packed.split(shape.sections)
+    tokens, positions, row_lanes, kv_lens, cu_seqlens_q, sample_rows, sample_lanes, window_ends = parts
     slots = positions - lanes.slot_offsets[tokens]
     blocks = lanes.block_tables[tokens, slots // lanes.block_size].long()
     return ModelInput(
@@ -163,4 +174,5 @@ def unpack(packed: torch.Tensor, shape: Shape, lanes: Lanes) -> ModelInput:
         sample_rows=sample_rows,
         sample_lanes=sample_lanes,
         sample_positions=positions[sample_rows] + 1,
+        window_ends=window_ends,
     )

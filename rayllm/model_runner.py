@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import threading
 import time
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -31,14 +30,16 @@ from rayllm.model_source import ModelSource
 from rayllm.models import build_model
 from rayllm.parallel import TensorParallel
 from rayllm.progress import Track, untracked
-from rayllm.pruning import SINKS, PruningPolicy, make_policy
+from rayllm.pruning import MAX_PRUNES, SINKS, make_policy
 from rayllm.sampler import LogprobTensors, Sampler, top_logprobs
 from rayllm.sampling_params import SamplingParams
-from rayllm.step import LaneStart, Logprobs, PromptLogprobs, StepInput, StepOutput, StepTimes, pack_ids
+from rayllm.step import LaneStart, Logprobs, PromptLogprobs, Prune, StepInput, StepOutput, StepTimes, pack_ids
 from rayllm.weights import load_weights
 
 PROMPT_LOGPROB_ROWS = 512
 """Prompt tokens whose logits over the whole vocabulary exist at once."""
+SCORES_AT_ONCE = 1 << 22
+"""Keys of layers and KV heads whose pruning scores exist at once; choosing among them takes ten times their memory."""
 
 
 class ModelRunner:
@@ -53,9 +54,21 @@ class ModelRunner:
         self.model = build_model(source.config, tp, device.torch_device, DTYPES[config.dtype], config.max_model_len)
         self.scale = source.config.head_dim**-0.5
         self.policy = make_policy(config)
-        threading.Thread(target=lambda: self.prefill_backend, daemon=True).start()  # its import takes seconds
+        window = self.policy.window if self.policy else 0
+        heads = source.config.num_attention_heads // tp.size
+        self.windows = torch.empty(
+            (source.config.num_hidden_layers, MAX_PRUNES, window, heads, source.config.head_dim),
+            dtype=DTYPES[config.dtype],
+            device=device.torch_device,
+        )
+        """Queries of the windows of the prompts that a step prunes, [layers, MAX_PRUNES, window, Hq, D]."""
+        threading.Thread(target=self._import_attention, daemon=True).start()  # takes seconds
 
-    @property
+    def _import_attention(self) -> None:
+        if self.device.is_cuda:
+            torch.cuda.set_device(self.device.torch_device)  # of this thread
+        self.prefill_backend()
+
     def prefill_backend(self) -> str:
         return prefill_backend(DTYPES[self.config.dtype], self.source.config.head_dim)
 
@@ -74,26 +87,34 @@ class ModelRunner:
         """Makes KV cache and lanes; `execute` works from here on, without graphs."""
         config = self.config
         assert config.max_model_len is not None
-        self.cache = kv_cache.allocate(config, self.source.config, self.device, num_blocks)
+        self.keys, self.values = kv_cache.allocate(config, self.source.config, self.device, num_blocks)
         self.lanes = Lanes(config.max_num_seqs, config.max_model_len, config.block_size, num_blocks, self.device)
         self.sampler = Sampler(self.lanes, self.source.config.vocab_size, self.tp)
         self.graphs = StepGraphs(self._forward, self.lanes, [])
 
     @torch.inference_mode()
-    def _compile(self) -> None:
+    def compile(self) -> None:
         """Compiles the kernels of all kinds of steps, many at a time: one by one, as they run, takes far longer."""
+        if not self.device.is_cuda:
+            return
+        self.allocate(1)
         decodes = [shape for shape in self._graph_shapes if not shape.num_chunks]
         chunked = [shape for shape in self._graph_shapes if shape.num_chunks]
         with compiling():
             for shape in (*decodes[:2], decodes[-1], chunked[0], chunked[-1]):
                 packed = self.device.put(pack_padding(shape, self.lanes.padding))
-                self._forward(unpack(packed, shape, self.lanes))
+                output = self._forward(unpack(packed, shape, self.lanes))
+            self.sampler.launch_filter(output.logits)
+            if self.policy is not None:
+                table, limit = self.lanes.block_tables[0], self.config.snapkv_limit
+                self._prune_prompt(self.windows[:, 0], table, limit, limit, table)
 
     @property
     def _graph_shapes(self) -> list[Shape]:
         config = self.config
         assert config.max_num_batched_tokens is not None and config.max_model_len is not None
-        return graph_shapes(config.max_num_seqs, config.max_num_batched_tokens, config.max_model_len)
+        max_prunes = MAX_PRUNES if self.policy else 0
+        return graph_shapes(config.max_num_seqs, config.max_num_batched_tokens, config.max_model_len, max_prunes)
 
     @torch.inference_mode()
     def capture(self, track: Track = untracked) -> None:
@@ -108,16 +129,17 @@ class ModelRunner:
         self.lanes.apply(step)
         rows = take_rows(step, self.lanes)
         own = Shape.of(rows)
-        shape = None if step.prunes else self.graphs.find(own)
+        shape = self.graphs.find(own)
         packed = pack(rows, shape or own, self.lanes.padding)
         on_device.start()
         if shape is not None:
             output = self.graphs(packed, shape)
         else:
-            inputs = unpack(self.device.put(packed), own, self.lanes)
-            output = self._forward(inputs, self._pruning_of(step, rows, pruning))
+            output = self._forward(unpack(self.device.put(packed), own, self.lanes))
         if step.prunes:
-            self.lanes.prune(step.prunes)
+            pruning.start()
+            self._prune(step.prunes, rows)
+            pruning.stop()
         token_ids, logprobs = output.token_ids[: own.num_samples], None
         lanes = rows.lanes[rows.samples]
         if not self.sampler.is_plain(lanes):
@@ -136,47 +158,27 @@ class ModelRunner:
             pruning=pruning,
         )
 
-    def _pruning_of(self, step: StepInput, rows: Rows, stopwatch: Stopwatch) -> Pruning | None:
-        """What the step prunes, on the device."""
-        if not step.prunes:
-            return None
-        assert self.policy is not None
-        put, row_of = self.device.put, {int(lane): row for row, lane in enumerate(rows.lanes)}
-        chosen = np.array([row_of[prune.lane] for prune in step.prunes])
-        tables = np.zeros((len(chosen), max(len(prune.block_table) for prune in step.prunes)), np.int32)
-        for table, prune in zip(tables, step.prunes, strict=True):
-            table[: len(prune.block_table)] = prune.block_table
-        kv_lens, counts = rows.kv_lens[chosen], [prune.num_kept for prune in step.prunes]
-        return Pruning(
-            policy=self.policy,
-            query_rows=put(rows.ends[chosen][:, None] + np.arange(-self.policy.window, 0)),
-            block_tables=self.lanes.block_tables[put(rows.lanes[chosen])],
-            kv_lens=put(kv_lens),
-            max_kv_len=int(kv_lens.max()),
-            num_kept=put(np.array(counts)),
-            most=max(counts),
-            new_tables=put(tables),
-            stopwatch=stopwatch,
-        )
-
-    def _forward(
-        self, inputs: ModelInput, pruning: Pruning | None = None, logits_out: torch.Tensor | None = None
-    ) -> ModelOutput:
-        """The whole of a step's computation; without pruning, a CUDA graph captures it as it is."""
+    def _forward(self, inputs: ModelInput, logits_out: torch.Tensor | None = None) -> ModelOutput:
+        """The whole of a step's computation but for pruning, as a CUDA graph captures it."""
         shape, n = inputs.shape, inputs.shape.num_decodes
         tables, kv_lens = inputs.block_tables, inputs.kv_lens
-        items = divide_decodes(kv_lens[:n], self.cache[0][0])
+        items = divide_decodes(kv_lens[:n], self.keys[0])
+        window_rows = None
+        if shape.num_prunes:
+            assert self.policy is not None
+            steps = torch.arange(-self.policy.window, 0, device=kv_lens.device)
+            window_rows = (inputs.window_ends[:, None] + steps).clamp_(min=0).flatten()
 
         def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rope: Rope) -> torch.Tensor:
-            keys, values = self.cache[layer]
+            keys, values = self.keys[layer], self.values[layer]
             # stored before attending: a block can be hit in this very step
             q = rope_and_store(q, k, v, rope, keys, values, inputs.slot_mapping)
+            if window_rows is not None:
+                torch.index_select(q, 0, window_rows, out=self.windows[layer, : shape.num_prunes].flatten(0, 1))
             out = None
             if shape.num_chunks:
                 chunks = (tables[n:], inputs.cu_seqlens_q, kv_lens[n:], shape.max_seqlen_q, shape.max_kv_len)
                 out = prefill_attention(q, keys, values, *chunks, self.scale)
-                if pruning is not None:
-                    pruning.prune(q, keys, values, self.scale)
             if n:  # padding rows among them, without keys, stand where chunks have their first tokens: left as they are
                 decodes = (q[:n], keys, values, tables[:n], kv_lens[:n], self.scale, shape.max_kv_len, items)
                 decoded = decode_attention(*decodes, out=None if out is None else out[:n])
@@ -186,6 +188,25 @@ class ModelRunner:
         logits = self.model.compute_logits(hidden[inputs.sample_rows], logits_out)
         token_ids = self.sampler.draw(logits, inputs.sample_lanes, inputs.sample_positions)
         return ModelOutput(hidden, logits, token_ids)
+
+    def _prune(self, prunes: list[Prune], rows: Rows) -> None:
+        """Copies what each prompt keeps into its new blocks, which its lane has from then on."""
+        for windows, prune, row in zip(self.windows.unbind(1), prunes, rows.pruned, strict=False):
+            table = self.lanes.block_tables[prune.lane]
+            new_table = self.device.put(np.array(prune.block_table, np.int32))
+            self._prune_prompt(windows, table, int(rows.kv_lens[row]), prune.num_kept, new_table)
+        self.lanes.prune(prunes)
+
+    def _prune_prompt(
+        self, windows: torch.Tensor, table: torch.Tensor, kv_len: int, num_kept: int, new_table: torch.Tensor
+    ) -> None:
+        """windows: [layers, window, Hq, D]. As many layers at a time as `SCORES_AT_ONCE` allows."""
+        assert self.policy is not None
+        always = {"sinks": SINKS, "window": self.policy.window, "pool_width": self.policy.pool_width}
+        size = max(1, SCORES_AT_ONCE // (kv_len * self.keys.shape[3]))
+        for queries, keys, values in zip(*(x.split(size) for x in (windows, self.keys, self.values)), strict=True):
+            scores = self.policy.score(queries, keys, table, kv_len, self.scale)
+            compact_kv(keys, values, table, select_kept(scores, num_kept, **always), new_table)
 
     def _prompt_logprobs(self, rows: Rows, hidden: torch.Tensor) -> list[tuple[int, int, LogprobTensors]]:
         """(chunk, first position, log-probabilities) of the prompt tokens that follow each chunk's tokens."""
@@ -223,46 +244,14 @@ class ModelRunner:
             chunks=[number for lane in range(config.max_num_seqs) for number in (lane, length)],
         )
         self.allocate(len(table))
-        self._compile()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         self.execute(step).wait()
         activation_bytes = torch.cuda.max_memory_allocated() - before
-        del self.cache, self.lanes, self.sampler, self.graphs
+        del self.keys, self.values, self.lanes, self.sampler, self.graphs
         gc.collect()
         torch.cuda.empty_cache()
         return activation_bytes
-
-
-@dataclass(frozen=True)
-class Pruning:
-    """What a step prunes: P prompts whose last chunks are in it. Layers do it one by one, once they have attended."""
-
-    policy: PruningPolicy
-    query_rows: torch.Tensor
-    """[P, window] int64: where among the step's tokens the windows are."""
-    block_tables: torch.Tensor
-    """[P, M] int32, of the whole prompts."""
-    kv_lens: torch.Tensor
-    """[P] int64: the prompts' lengths."""
-    max_kv_len: int
-    num_kept: torch.Tensor
-    """[P] int64."""
-    most: int
-    """The largest of `num_kept`."""
-    new_tables: torch.Tensor
-    """[P, M2] int32, of what is kept."""
-    stopwatch: Stopwatch
-
-    def prune(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float) -> None:
-        """Copies what one layer keeps into its new blocks. q: [T, Hq, D]; keys, values: the layer's KV cache."""
-        policy, kv_lens = self.policy, self.kv_lens
-        self.stopwatch.start()
-        scores = policy.score(q[self.query_rows], keys, self.block_tables, kv_lens.int(), scale, self.max_kv_len)
-        always = {"sinks": SINKS, "window": policy.window, "pool_width": policy.pool_width}
-        kept = select_kept(scores, kv_lens, self.num_kept, self.most, **always)
-        compact_kv(keys, values, self.block_tables, kept, self.num_kept, self.new_tables)
-        self.stopwatch.stop()
 
 
 class PendingOutput:

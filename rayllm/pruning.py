@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 SINKS = 4
 """First tokens of a prompt, which are always kept (attention sinks, arXiv:2309.17453)."""
+MAX_PRUNES = 16
+"""Prompts that one step prunes, at most: until it ends, it holds their windows' queries of all layers."""
 
 
 class PruningPolicy(Protocol):
@@ -31,17 +33,12 @@ class PruningPolicy(Protocol):
         """How many of a prompt's tokens are kept, with the request's `snapkv_limit`; 0: the prompt is not pruned."""
 
     def score(
-        self,
-        q: torch.Tensor,
-        k_cache: torch.Tensor,
-        block_tables: torch.Tensor,
-        kv_lens: torch.Tensor,
-        scale: float,
-        max_kv_len: int,
+        self, q: torch.Tensor, k_cache: torch.Tensor, block_table: torch.Tensor, kv_len: int, scale: float
     ) -> torch.Tensor:
-        """What each key is worth to each KV head: [P, Hkv, max_kv_len] float32, at least 0.
+        """What each key of a prompt is worth to each KV head of each layer: [L, Hkv, kv_len] float32, finite.
 
-        q: [P, window, Hq, D], rotated queries of the window; the rest as for attention.
+        q: [L, window, Hq, D], rotated queries of the window; k_cache: [L, num_blocks, block_size, Hkv, D];
+        block_table: int32, the prompt's blocks and anything after them.
         """
 
 
@@ -67,17 +64,11 @@ class SnapKV(_Limited):
     pool_width: ClassVar[int] = 15
 
     def score(
-        self,
-        q: torch.Tensor,
-        k_cache: torch.Tensor,
-        block_tables: torch.Tensor,
-        kv_lens: torch.Tensor,
-        scale: float,
-        max_kv_len: int,
+        self, q: torch.Tensor, k_cache: torch.Tensor, block_table: torch.Tensor, kv_len: int, scale: float
     ) -> torch.Tensor:
         from rayllm_kernels import window_scores
 
-        return window_scores(q, k_cache, block_tables, kv_lens, scale, max_kv_len)
+        return window_scores(q, k_cache, block_table, kv_len, scale)
 
 
 @dataclass(frozen=True)
@@ -88,18 +79,12 @@ class Streaming(_Limited):
     pool_width: ClassVar[int] = 1
 
     def score(
-        self,
-        q: torch.Tensor,
-        k_cache: torch.Tensor,
-        block_tables: torch.Tensor,
-        kv_lens: torch.Tensor,
-        scale: float,
-        max_kv_len: int,
+        self, q: torch.Tensor, k_cache: torch.Tensor, block_table: torch.Tensor, kv_len: int, scale: float
     ) -> torch.Tensor:
         import torch
 
-        position = torch.arange(max_kv_len, dtype=torch.float32, device=q.device)
-        return position.expand(len(kv_lens), k_cache.shape[2], max_kv_len)
+        position = torch.arange(kv_len, dtype=torch.float32, device=q.device)
+        return position.expand(len(k_cache), k_cache.shape[3], kv_len)
 
 
 def make_policy(config: EngineConfig) -> PruningPolicy | None:

@@ -76,12 +76,21 @@ class Sampler:
         if state.is_penalized[lanes].any():
             processed = self._penalize(processed, rows, positions, int(state.num_tokens[lanes].max()) - 1)
         if state.is_filtered[lanes].any():
-            limits = state.top_k[rows], state.top_p[rows], state.min_p[rows]
-            processed = filter_logits(processed, temperature, *limits)
+            processed = self._filter(processed, rows)
         token_ids = self.tp.broadcast(sample_gumbel(processed, temperature, state.seeds[rows], index)[1])
         state.token_ids[rows, positions] = token_ids.int()
         num_logprobs = int(state.logprobs[lanes].max())
         return token_ids, top_logprobs(raw, token_ids, num_logprobs) if num_logprobs >= 0 else None
+
+    def launch_filter(self, logits: torch.Tensor) -> None:
+        """Launches what `draw_processed` needs beside `draw`, to no effect: so that it is compiled."""
+        state, rows = self.lanes, torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
+        filtered = self._filter(logits.float(), rows)
+        sample_gumbel(filtered, state.temperature[rows], state.seeds[rows], rows)
+
+    def _filter(self, logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        state = self.lanes
+        return filter_logits(logits, state.temperature[rows], state.top_k[rows], state.top_p[rows], state.min_p[rows])
 
     def _add_biases(self, logits: torch.Tensor, rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         state = self.lanes

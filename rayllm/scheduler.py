@@ -12,7 +12,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from rayllm.block_manager import BlockManager
-from rayllm.pruning import PruningPolicy
+from rayllm.pruning import MAX_PRUNES, PruningPolicy
 from rayllm.sequence import Sequence, SequenceStatus
 from rayllm.step import LaneStart, Logprobs, Prune, SequenceUpdate, StepInput, StepOutput
 
@@ -101,23 +101,17 @@ class Scheduler:
         decodes, prefills = self._choose_decodes(new_blocks)
         budget = self.max_num_batched_tokens - len(decodes)
         chunks: list[tuple[Sequence, int]] = []
+        to_prune: list[Sequence] = []
         for seq in prefills:
-            if seq.status is SequenceStatus.RUNNING and (size := self._chunk_size(seq, budget)):
-                chunks.append((seq, size))
-                budget -= size
-                self._advance(seq, size)
+            if seq.status is SequenceStatus.RUNNING:
+                budget -= self._take_chunk(seq, budget, chunks, to_prune)
         starts: list[LaneStart] = []
         while budget and (admitted := self._admit()):
             starts.append(self._lane_start(admitted))
-            if size := self._chunk_size(admitted, budget):
-                chunks.append((admitted, size))
-                budget -= size
-                self._advance(admitted, size)  # from here on, its blocks can be hit by those admitted next
+            budget -= self._take_chunk(admitted, budget, chunks, to_prune)
         if not decodes and not chunks:
             return None
-        prunes = [
-            self._prune(seq) for seq, _ in chunks if seq.num_kept and not seq.num_pruned and not seq.num_chunkable
-        ]
+        prunes = [self._prune(seq) for seq in to_prune]
 
         sampled = decodes + [seq for seq, _ in chunks if seq.num_computed_tokens == seq.num_tokens]
         for seq in sampled:
@@ -134,12 +128,21 @@ class Scheduler:
             prunes=prunes,
         )
 
-    def _chunk_size(self, seq: Sequence, budget: int) -> int:
-        """How many tokens of `seq` this step computes; a prompt's last chunk has the whole window that prunes it."""
+    def _take_chunk(
+        self, seq: Sequence, budget: int, chunks: list[tuple[Sequence, int]], to_prune: list[Sequence]
+    ) -> int:
+        """How many tokens of `seq` this step computes; a prompt's last chunk has the whole window that prunes it, and
+        waits while the step prunes `MAX_PRUNES` others."""
         size = min(seq.num_chunkable, budget)
-        rest = seq.num_chunkable - size
-        if self.pruning is not None and seq.num_kept and not seq.num_pruned and 0 < rest < self.pruning.window:
-            size = max(seq.num_chunkable - self.pruning.window, 0)
+        if self.pruning is not None and seq.num_kept and not seq.num_pruned:
+            window, rest = max(self.pruning.window, 1), seq.num_chunkable - size
+            if rest < window and (rest or len(to_prune) == MAX_PRUNES):
+                size = max(seq.num_chunkable - window, 0)
+            elif not rest:
+                to_prune.append(seq)
+        if size:
+            chunks.append((seq, size))
+            self._advance(seq, size)  # from here on, its blocks can be hit by those admitted next
         return size
 
     def _prune(self, seq: Sequence) -> Prune:

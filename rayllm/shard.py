@@ -80,6 +80,8 @@ class Shard:
         tp = parallel.join(self.rank, config.tensor_parallel_size, store, self.device, node_id, shared)
         self.runner = ModelRunner(config, source, tp, self.device)
         self.bytes_read = self.runner.load(self._tracker.track)
+        self._tracker.stage("compiling kernels")
+        self.runner.compile()
         self._tracker.stage("measuring memory")
         return self.runner.count_blocks()
 
@@ -92,7 +94,7 @@ class Shard:
         self.runner.allocate(num_blocks)
         self.runner.capture(self._tracker.track)
         self._inbox: Receiver[StepInput | Stop] = Receiver(StepInput | Stop, host)
-        return self._inbox.address(ray.get_runtime_context().get_node_id()), self.runner.prefill_backend
+        return self._inbox.address(ray.get_runtime_context().get_node_id()), self.runner.prefill_backend()
 
     @ray.method(concurrency_group="control")
     def progress(self) -> Progress:

@@ -75,7 +75,7 @@ def _token_linear_triton(
     outputs, width = weight.shape
     if out is None:
         out = torch.empty(1, outputs, dtype=x.dtype, device=x.device)
-    rows, tile = 4, min(1024, triton.next_power_of_2(width))
+    rows, tile = 4, min(1024, triton.next_power_of_2(width) // 2)
     _token_linear_kernel[(triton.cdiv(outputs, rows),)](
         x,
         weight,

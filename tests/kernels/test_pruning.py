@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from kernel_testing import assert_close, poisoned
@@ -12,37 +14,71 @@ from rayllm_kernels.pruning import (
     compact_kv_reference,
     window_scores_reference,
 )
-from test_attention import Batch, make_batch
 
 SINKS = 4
+GARBAGE = 2**30  # a block far outside of any cache: reading it fails
 
 
-def window_of(batch: Batch, window: int) -> torch.Tensor:
-    """[P, w, Hq, D]"""
-    return batch.q.unflatten(0, (len(batch.keys), window))
+@dataclass
+class Prompt:
+    """One prompt in the KV cache of several layers."""
+
+    q: torch.Tensor  # [L, w, Hq, D], of the last w tokens; as in the engine, layers do not follow each other
+    keys: torch.Tensor  # [L, kv_len, Hkv, D]
+    values: torch.Tensor
+    k_cache: torch.Tensor
+    v_cache: torch.Tensor
+    block_table: torch.Tensor
+    kv_len: int
+    scale: float
+
+    @property
+    def score_args(self) -> tuple:
+        return self.q, self.k_cache, self.block_table, self.kv_len, self.scale
 
 
-def score_args(batch: Batch, window: int, longer: int = 0) -> tuple:
-    longest = int(batch.kv_lens.max()) + longer
-    return window_of(batch, window), batch.k_cache, batch.block_tables, batch.kv_lens, batch.scale, longest
+def make_prompt(
+    kv_len: int,
+    window: int,
+    heads: tuple[int, int],
+    head_dim: int,
+    block_size: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    unused: float = torch.nan,
+    spare_blocks: int = 3,
+) -> Prompt:
+    """Random tensors; slots that hold no key are `unused`, and the table goes on with garbage."""
+    layers, num_blocks = 3, -(-kv_len // block_size)
+    order = torch.randperm(num_blocks + spare_blocks)[:num_blocks]
+    slots = (order[:, None] * block_size + torch.arange(block_size)).flatten()[:kv_len].to(device)
+    kv, caches = [], []
+    for _ in "kv":
+        content = torch.randn(layers, kv_len, heads[1], head_dim, dtype=dtype, device=device)
+        shape = (layers, num_blocks + spare_blocks, block_size, heads[1], head_dim)
+        cache = torch.full(shape, unused, dtype=dtype, device=device)
+        cache.flatten(1, 2)[:, slots] = content
+        kv.append(content)
+        caches.append(cache)
+    q = torch.randn(layers, 2, window, heads[0], head_dim, dtype=dtype, device=device)[:, 1]
+    table = torch.cat((order, torch.tensor([GARBAGE, GARBAGE]))).int().to(device)
+    return Prompt(q, *kv, *caches, table, kv_len, scale=float(torch.rand(1) + 0.5) / head_dim**0.5)
 
 
-def naive_scores(batch: Batch, window: int) -> list[torch.Tensor]:
-    """Of each prompt [Hkv, kv_len] in float64, one query and one head after the other."""
-    found = []
-    for q, keys in zip(window_of(batch, window).double(), batch.keys, strict=True):
-        kv_len, num_kv_heads, _ = keys.shape
-        scores = torch.zeros(num_kv_heads, kv_len, dtype=torch.float64)
-        group = q.shape[1] // num_kv_heads
-        for head in range(q.shape[1]):
+def naive_scores(prompt: Prompt) -> torch.Tensor:
+    """[L, Hkv, kv_len] in float64, one query and one head after the other."""
+    layers, window, num_heads, _ = prompt.q.shape
+    kv_len, num_kv_heads = prompt.kv_len, prompt.keys.shape[2]
+    scores = torch.zeros(layers, num_kv_heads, kv_len, dtype=torch.float64)
+    for layer, (q, keys) in enumerate(zip(prompt.q.double(), prompt.keys.double(), strict=True)):
+        for head in range(num_heads):
+            kv_head = head // (num_heads // num_kv_heads)
             summed = torch.zeros(kv_len, dtype=torch.float64)
             for i in range(window):
                 seen = kv_len - window + i + 1
-                logits = keys[:seen, head // group].double() @ q[i, head] * batch.scale
-                summed[:seen] += logits.softmax(0).cpu()
-            scores[head // group] = torch.maximum(scores[head // group], summed)
-        found.append(scores)
-    return found
+                summed[:seen] += (keys[:seen, kv_head] @ q[i, head] * prompt.scale).softmax(0)
+            scores[layer, kv_head] = torch.maximum(scores[layer, kv_head], summed)
+    return scores
 
 
 def naive_kept(scores: torch.Tensor, num_kept: int, window: int, pool_width: int) -> list[list[int]]:
@@ -57,79 +93,85 @@ def naive_kept(scores: torch.Tensor, num_kept: int, window: int, pool_width: int
     return kept
 
 
-@pytest.mark.parametrize(("kv_lens", "window"), [([70, 33, 8], 8), ([40], 32), ([5], 5)])
-def test_scores_reference(kv_lens: list[int], window: int) -> None:
-    batch = make_batch(kv_lens, [window] * len(kv_lens), heads=(6, 2), head_dim=24, block_size=8)
-    scores = window_scores_reference(*score_args(batch, window, longer=3))
-    for own, expected in zip(scores, naive_scores(batch, window), strict=True):
-        assert_close(own[:, : expected.shape[1]], expected)
-        assert not own[:, expected.shape[1] :].any()
+@pytest.mark.parametrize(("kv_len", "window"), [(70, 8), (40, 32), (8, 8), (5, 5)])
+def test_scores_reference(kv_len: int, window: int) -> None:
+    prompt = make_prompt(kv_len, window, heads=(6, 2), head_dim=24, block_size=8)
+    assert_close(window_scores_reference(*prompt.score_args), naive_scores(prompt))
 
 
 @pytest.mark.parametrize(
     ("heads", "head_dim", "block_size", "window"),
     [((4, 2), 32, 16, 8), ((9, 3), 64, 4, 32), ((8, 1), 96, 32, 5), ((2, 2), 128, 128, 64)],
 )
+@pytest.mark.parametrize("longer", [0, 1, 66, 230])
 def test_scores_triton(
-    device: torch.device, dtype: torch.dtype, heads: tuple[int, int], head_dim: int, block_size: int, window: int
+    device: torch.device,
+    dtype: torch.dtype,
+    heads: tuple[int, int],
+    head_dim: int,
+    block_size: int,
+    window: int,
+    longer: int,
 ) -> None:
-    kv_lens = [*torch.randint(window, 300, (2,)).tolist(), window, 130]
-    batch = make_batch(kv_lens, [window] * 4, heads, head_dim, block_size, dtype, device)
-    args = score_args(batch, window, longer=70)
+    prompt = make_prompt(window + longer, window, heads, head_dim, block_size, dtype, device)
     with poisoned():
-        scores = _window_scores_triton(*args)
-    assert_close(scores, window_scores_reference(*args), tolerance=1e-4 if dtype == torch.float32 else 2e-2)
+        scores = _window_scores_triton(*prompt.score_args)
+    expected = window_scores_reference(*prompt.score_args)
+    assert_close(scores, expected, tolerance=1e-4 if dtype == torch.float32 else 2e-2)
 
 
 def test_scores_triton_of_split_keys(device: torch.device) -> None:
-    batch = make_batch([5000, 40, 2100], [8] * 3, (2, 1), 16, 64, torch.float32, device)
-    args = score_args(batch, 8)
+    prompt = make_prompt(5000, 8, (2, 1), 16, 64, torch.float32, device)
     with poisoned():
-        scores = _window_scores_triton(*args)
-    assert_close(scores, window_scores_reference(*args), tolerance=1e-4)
+        scores = _window_scores_triton(*prompt.score_args)
+    assert_close(scores, window_scores_reference(*prompt.score_args), tolerance=1e-4)
 
 
 @pytest.mark.parametrize("pool_width", [1, 5, 15])
-def test_selection(pool_width: int) -> None:
-    kv_lens, num_kept, window = [90, 61, 30], [40, 20, 29], 8
-    scores = torch.randint(0, 12, (3, 2, 90)) / 4.0  # many ties
-    for row, kv_len in enumerate(kv_lens):
-        scores[row, :, kv_len:] = 0
-    lens, counts = torch.tensor(kv_lens), torch.tensor(num_kept)
-    kept = select_kept(scores, lens, counts, 40, sinks=SINKS, window=window, pool_width=pool_width)
-    assert kept.shape == (3, 2, 40)
-    for row, (kv_len, count) in enumerate(zip(kv_lens, num_kept, strict=True)):
-        assert kept[row, :, :count].tolist() == naive_kept(scores[row, :, :kv_len], count, window, pool_width)
-        assert (kept[row, :, count:] == 90).all()
+@pytest.mark.parametrize("window", [0, 8])
+@pytest.mark.parametrize(("kv_len", "num_kept"), [(90, 40), (50, 50), (16, 12), (77, 76)])
+@pytest.mark.parametrize("place", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_selection(kv_len: int, num_kept: int, window: int, pool_width: int, place: str) -> None:
+    if place == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    scores = torch.randint(0, 12, (3, 2, kv_len)) / 4.0  # many ties
+    with poisoned():
+        kept = select_kept(scores.to(place), num_kept, sinks=SINKS, window=window, pool_width=pool_width)
+    assert kept.is_contiguous()
+    for own, layer in zip(kept.tolist(), scores, strict=True):
+        assert own == naive_kept(layer, num_kept, window, pool_width)
 
 
 @pytest.mark.parametrize("op", ["reference", "triton"])
 @pytest.mark.parametrize(("heads", "head_dim", "block_size"), [((4, 2), 24, 8), ((3, 3), 64, 16), ((8, 1), 128, 64)])
+@pytest.mark.parametrize(("kv_len", "num_kept"), [(150, 66), (70, 70), (9, 1)])
 def test_compaction(
-    device: torch.device, dtype: torch.dtype, op: str, heads: tuple[int, int], head_dim: int, block_size: int
+    device: torch.device,
+    dtype: torch.dtype,
+    op: str,
+    heads: tuple[int, int],
+    head_dim: int,
+    block_size: int,
+    kv_len: int,
+    num_kept: int,
 ) -> None:
     """What is kept lies in the new blocks, in order; nothing else is written."""
-    kv_lens, num_kept = [150, 70, 9], [66, 70, 1]
-    batch = make_batch(kv_lens, [1] * 3, heads, head_dim, block_size, dtype, device, unused=0.0)
+    num_new = -(-num_kept // block_size)
+    prompt = make_prompt(kv_len, 1, heads, head_dim, block_size, dtype, device, unused=0.0, spare_blocks=num_new + 3)
     num_kv_heads = heads[1]
-    kept = torch.full((3, num_kv_heads, 70), 150, device=device)
-    for row, (kv_len, count) in enumerate(zip(kv_lens, num_kept, strict=True)):
-        for head in range(num_kv_heads):
-            kept[row, head, :count] = torch.randperm(kv_len, device=device)[:count].sort().values
-    num_blocks = len(batch.k_cache)
-    caches = [
-        torch.cat((cache, torch.zeros_like(cache), torch.zeros_like(cache))) for cache in (batch.k_cache, batch.v_cache)
-    ]
-    width = -(-70 // block_size)
-    new = num_blocks + torch.randperm(2 * num_blocks)[: 3 * width].view(3, width).int().to(device)
+    kept = torch.stack([torch.randperm(kv_len)[:num_kept].sort().values for _ in range(3 * num_kv_heads)])
+    kept = kept.view(3, num_kv_heads, num_kept).to(device)
+    used = prompt.block_table[:-2].tolist()
+    spare = [block for block in torch.randperm(prompt.k_cache.shape[1]).tolist() if block not in used]
+    new = torch.tensor(spare[:num_new], dtype=torch.int32, device=device)
+    caches = prompt.k_cache, prompt.v_cache
     before = [cache.clone() for cache in caches]
     run = _compact_kv_triton if op == "triton" else compact_kv_reference
-    run(*caches, batch.block_tables, kept, torch.tensor(num_kept, device=device), new)
-    for cache, old, sequences in zip(caches, before, (batch.keys, batch.values), strict=True):
-        expected = old.clone()
-        for row, count in enumerate(num_kept):
+    run(*caches, prompt.block_table, kept, new)
+    for cache, expected, content in zip(caches, before, (prompt.keys, prompt.values), strict=True):
+        for layer in range(3):
             for head in range(num_kv_heads):
-                for place in range(count):
-                    block = int(new[row, place // block_size])
-                    expected[block, place % block_size, head] = sequences[row][kept[row, head, place], head]
+                for place in range(num_kept):
+                    slot = layer, int(new[place // block_size]), place % block_size, head
+                    expected[slot] = content[layer, kept[layer, head, place], head]
         assert torch.equal(cache, expected)

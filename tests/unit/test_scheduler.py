@@ -10,7 +10,7 @@ from hypothesis import Phase, given, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from rayllm import block_manager
-from rayllm.pruning import SnapKV, Streaming
+from rayllm.pruning import MAX_PRUNES, SnapKV, Streaming
 
 pytest.register_assert_rewrite("shard_model")
 from shard_model import EOS, Engine  # noqa: E402
@@ -305,6 +305,17 @@ def test_the_last_chunk_holds_the_window():
     sizes.append(engine.schedule().chunks[1])
     assert sizes == [14, 12, 4], "not 14, 14, 2"
     engine.drain(1)
+
+
+def test_a_step_prunes_so_many_at_most():
+    """Whole prompts that one step could hold: some wait, all but their windows computed, and lose nothing."""
+    engine = pruned_engine(num_blocks=512, max_num_seqs=20, max_num_batched_tokens=400)
+    keys = [engine.add([1 + i] * 12, max_tokens=3, stops=frozenset()) for i in range(20)]
+    first, second = engine.schedule(), engine.schedule()
+    assert [len(first.prunes), len(second.prunes)] == [MAX_PRUNES, 20 - MAX_PRUNES]
+    assert first.chunks[1::2] == [12] * MAX_PRUNES + [8] * (20 - MAX_PRUNES)
+    engine.drain(2)
+    assert all(engine.updates[key][0].num_pruned_tokens == 4 for key in keys)
 
 
 @settings(max_examples=30, deadline=None)
