@@ -14,7 +14,7 @@ import ray
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from rayllm import placement
+from rayllm import ahead, placement
 from rayllm.config import EngineConfig
 from rayllm.driver import Driver, EngineInfo, EngineStats
 from rayllm.errors import EngineDeadError, UsageError
@@ -62,6 +62,8 @@ class Engine:
         source.config.check_tensor_parallel(config.tensor_parallel_size)
         if config.device != "auto":
             self._resolve(config, config.device)
+        is_local = config.device != "cpu" and ahead.GPU_DRIVER.exists()
+        self._ahead = ahead.start(self._resolve(config, "cuda"), source.config) if is_local else None
         self._started_ray = placement.connect(address, min_cpus=config.tensor_parallel_size)
         self._own_group: PlacementGroup | None = None
         self._report = report
@@ -297,6 +299,10 @@ class Engine:
         self._is_final = True
         self._fail("the engine was closed")
         self._stop(STOP_TIMEOUT_S)
+        if self._ahead is not None:
+            self._ahead.kill()
+            self._ahead.wait()
+            self._ahead = None
         if self._own_group is not None:
             placement.release(self._own_group)
             self._own_group = None

@@ -20,7 +20,7 @@ from rayllm_kernels import (
     select_kept,
 )
 
-from rayllm import kv_cache
+from rayllm import ahead, kv_cache
 from rayllm.config import EngineConfig
 from rayllm.cuda_graphs import ModelOutput, StepGraphs, graph_shapes
 from rayllm.device import DTYPES, Device, HostCopies, Stopwatch
@@ -102,6 +102,8 @@ class ModelRunner:
         chunked = [shape for shape in self._graph_shapes if shape.num_chunks]
         with compiling():
             for shape in (*decodes[:2], decodes[-1], chunked[0], chunked[-1]):
+                if shape.num_chunks:
+                    ahead.wait()
                 packed = self.device.put(pack_padding(shape, self.lanes.padding))
                 output = self._forward(unpack(packed, shape, self.lanes))
             self.sampler.launch_filter(output.logits)

@@ -183,3 +183,15 @@ def test_bfloat16_agrees_with_transformers(
     print(f"bfloat16, {prefill_op}, TP {tensor_parallel_size}: {share:.1%} of tokens before the first difference")
     assert agreed.count(0) <= 2
     assert share > 0.3
+
+
+def test_the_kernel_compiled_ahead_is_the_one_that_is_used(
+    model_folder: str, prompts: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if find_spec("flash_attn") is None:
+        pytest.skip("needs FlashAttention-4")
+    monkeypatch.setenv("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(tmp_path))
+    for limits in ({}, {"max_num_batched_tokens": 96, "max_num_seqs": 8}):
+        generate(model_folder, prompts, dtype="bfloat16", **limits)
+    assert len(list(tmp_path.glob("rayllm-*-bfloat16-8-4-128-*"))) == 1
+    assert len(list(tmp_path.glob("*/fwd/*.o"))) == 1
