@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-_is_compiling = ContextVar("_is_compiling", default=False)
+_launched: ContextVar[list[Any] | None] = ContextVar("_launched", default=None)
+"""The kernels launched under `compiling`."""
 
 try:
     import triton
@@ -23,7 +24,11 @@ try:
         """Launched under `compiling`, it does not run."""
 
         def run(self, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-            return super().run(*args, grid=grid, warmup=warmup or _is_compiling.get(), **options)
+            launched = _launched.get()
+            kernel = super().run(*args, grid=grid, warmup=warmup or launched is not None, **options)
+            if launched is not None:
+                launched.append(kernel)
+            return kernel
 
 except ImportError:
     triton = tl = gdc_launch_dependents = gdc_wait = None
@@ -42,13 +47,22 @@ def jit(kernel: Callable[..., Any] | None = None, **options: Any) -> Any:
 
 @contextmanager
 def compiling() -> Iterator[None]:
-    """Kernels launched in this block do not run; they are compiled, many at once, when it ends."""
-    token = _is_compiling.set(True)
+    """Kernels launched in this block do not run; they are compiled, many at once, and loaded when it ends."""
+    launched: list[Any] = []
+    token, device = _launched.set(launched), torch.cuda.current_device()
     try:
-        with ThreadPoolExecutor(os.cpu_count()) as executor, triton.AsyncCompileMode(executor):
-            yield
+        with ThreadPoolExecutor(os.cpu_count(), initializer=torch.cuda.set_device, initargs=(device,)) as executor:
+            with triton.AsyncCompileMode(executor):
+                yield
+            # loading builds a launcher, for which Triton runs a C compiler until 3.6
+            list(executor.map(_load, dict.fromkeys(launched)))
     finally:
-        _is_compiling.reset(token)
+        _launched.reset(token)
+
+
+def _load(kernel: Any) -> None:
+    """`kernel`: compiled, or a promise that is kept by now."""
+    _ = kernel.result().run if hasattr(kernel, "result") else kernel.run
 
 
 @cache
