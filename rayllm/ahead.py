@@ -5,6 +5,7 @@ Its compilation is seconds of Python, which in a shard would hold up all that is
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import importlib.metadata
 import os
@@ -13,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from getpass import getuser
 from pathlib import Path
 
@@ -22,26 +22,30 @@ from rayllm.model_config import ModelConfig
 
 GPU_DRIVER = Path("/dev/nvidiactl")
 TIMEOUT_S = 60
+IMPOSSIBLE = OSError, KeyError, importlib.metadata.PackageNotFoundError
+"""No place to write to, no user's name, no FlashAttention-4."""
 
 
 def start(config: EngineConfig, model: ModelConfig) -> subprocess.Popen[bytes] | None:
-    """None where it has been done, or cannot be. `config` is resolved. The caller ends the process."""
+    """None where it has been done, or cannot be. `config` is resolved, for CUDA. The caller ends the process."""
+    if config.dtype == "float32" or not GPU_DRIVER.exists():
+        return None
     size = config.tensor_parallel_size
     heads = model.num_attention_heads // size, model.local_kv_heads(size)
     arguments = [config.dtype, *map(str, (*heads, model.head_dim, config.block_size))]
-    try:
-        if not GPU_DRIVER.exists() or _marker(arguments).exists():
-            return None
-        command = [sys.executable, "-m", "rayllm.ahead", *arguments]
-        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    except (OSError, importlib.metadata.PackageNotFoundError):  # FlashAttention-4 is not installed
-        return None
+    # Ray hides all GPUs from actors that ask for none
+    environment = {name: value for name, value in os.environ.items() if value or name != "CUDA_VISIBLE_DEVICES"}
+    with contextlib.suppress(*IMPOSSIBLE):
+        if not _marker(arguments).exists():
+            command, null = [sys.executable, "-m", "rayllm.ahead", *arguments], subprocess.DEVNULL
+            return subprocess.Popen(command, env=environment, stdin=null, stdout=null, stderr=null)
+    return None
 
 
 def wait() -> None:
     """Until no such process is at work on this machine."""
     if GPU_DRIVER.exists():
-        with _lock(fcntl.LOCK_SH):
+        with contextlib.suppress(*IMPOSSIBLE), _lock(fcntl.LOCK_SH):
             pass
 
 
@@ -58,7 +62,7 @@ def _marker(arguments: list[str]) -> Path:
     return _folder() / "-".join(("rayllm", importlib.metadata.version("flash-attn-4"), *arguments))
 
 
-@contextmanager
+@contextlib.contextmanager
 def _lock(kind: int) -> Iterator[None]:
     with open(_folder() / "rayllm.lock", "a") as file:
         fcntl.flock(file, kind)
@@ -76,13 +80,14 @@ def main() -> None:
         from rayllm_kernels import prefill_attention, prefill_backend
 
         dtype = getattr(torch, dtype_name)
-        if prefill_backend(dtype, head_dim) == "flash_attn_4":
+        if (backend := prefill_backend(dtype, head_dim)) == "flash_attn_4":
             q = torch.zeros(block_size, heads, head_dim, dtype=dtype, device="cuda")
             cache = torch.zeros(2, block_size, kv_heads, head_dim, dtype=dtype, device="cuda")
             table = torch.zeros(1, 1, dtype=torch.int32, device="cuda")
             ends = torch.tensor([0, block_size], dtype=torch.int32, device="cuda")
             prefill_attention(q, cache, cache, table, ends, ends[1:], block_size, block_size, scale=1.0)
-        marker.touch()
+        if not backend.startswith("torch"):  # there is a GPU
+            marker.touch()
 
 
 if __name__ == "__main__":

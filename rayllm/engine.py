@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import subprocess
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -62,8 +63,10 @@ class Engine:
         source.config.check_tensor_parallel(config.tensor_parallel_size)
         if config.device != "auto":
             self._resolve(config, config.device)
-        is_local = config.device != "cpu" and ahead.GPU_DRIVER.exists()
-        self._ahead = ahead.start(self._resolve(config, "cuda"), source.config) if is_local else None
+        self._ahead: subprocess.Popen[bytes] | None = None
+        if config.device != "cpu":
+            with contextlib.suppress(UsageError):  # "auto" may yet be a CPU, which takes other arguments
+                self._ahead = ahead.start(self._resolve(config, "cuda"), source.config)
         self._started_ray = placement.connect(address, min_cpus=config.tensor_parallel_size)
         self._own_group: PlacementGroup | None = None
         self._report = report

@@ -221,7 +221,7 @@ def _flash_attn_4_refusal(dtype: torch.dtype, head_dim: int) -> str | None:
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")  # what it compiles is kept on disk
     try:
         import flash_attn.cute  # noqa: F401
-    except (ImportError, RuntimeError) as error:  # a RuntimeError: half of its packages are there
+    except (ImportError, RuntimeError, OSError, KeyError) as error:  # half of its packages; nowhere to keep its kernels
         return f"FlashAttention-4 cannot be imported ({error})".splitlines()[0]
     return None
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import fcntl
+import importlib.metadata
+import importlib.util
+import signal
 import subprocess
 import sys
 import threading
@@ -11,12 +14,37 @@ from pathlib import Path
 import pytest
 
 from rayllm import ahead
+from rayllm.config import EngineConfig
+from rayllm.model_config import ModelConfig
 
 
 @pytest.fixture(autouse=True)
 def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(tmp_path / "kernels"))
     monkeypatch.setattr(ahead, "GPU_DRIVER", tmp_path)
+
+
+def test_nothing_is_compiled_where_it_cannot_be(monkeypatch: pytest.MonkeyPatch):
+    if importlib.util.find_spec("flash_attn"):
+        pytest.skip("FlashAttention-4 is installed")
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = ModelConfig.from_hf({"model_type": "llama", "vocab_size": 64, **sizes})
+    config = EngineConfig(model="any", dtype="bfloat16")
+    assert ahead.start(config, model) is None
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "4")
+    monkeypatch.setattr(ahead, "GPU_DRIVER", Path("/nowhere"))
+    assert ahead.start(config, model) is None
+
+
+def test_a_process_that_is_not_needed_ends_at_once(monkeypatch: pytest.MonkeyPatch):
+    """FlashAttention-4's version is looked up before anything is imported."""
+    monkeypatch.setattr(sys, "argv", ["ahead", "bfloat16", "4", "4", "64", "16"])
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "4")
+    ahead._marker(sys.argv[1:]).touch()
+    monkeypatch.setitem(sys.modules, "rayllm_kernels", None)  # to import it would fail
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(signal, "alarm", lambda seconds: None)  # of this process
+        ahead.main()
 
 
 def test_shards_wait_for_the_process_that_compiles():
