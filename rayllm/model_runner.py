@@ -108,8 +108,8 @@ class ModelRunner:
                 output = self._forward(unpack(packed, shape, self.lanes))
             self.sampler.launch_filter(output.logits)
             if self.policy is not None:
-                table, limit = self.lanes.block_tables[0], self.config.snapkv_limit
-                self._prune_prompt(self.windows[:, 0], table, limit, limit, table)
+                table, length = self.lanes.block_tables[0], min(self.config.snapkv_limit, decodes[0].max_kv_len)
+                self._prune_prompt(self.windows[:, 0], table, length, length, table)
 
     @property
     def _graph_shapes(self) -> list[Shape]:
