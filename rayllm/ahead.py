@@ -6,6 +6,7 @@ Its compilation is seconds of Python, which in a shard would hold up all that is
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import importlib.metadata
 import os
@@ -21,6 +22,8 @@ from rayllm.config import EngineConfig
 from rayllm.model_config import ModelConfig
 
 GPU_DRIVER = Path("/dev/nvidiactl")
+PR_SET_PDEATHSIG = 1
+"""Linux: this process ends with the one that started it."""
 TIMEOUT_S = 60
 IMPOSSIBLE = OSError, KeyError, importlib.metadata.PackageNotFoundError
 """No place to write to, no user's name, no FlashAttention-4."""
@@ -28,17 +31,16 @@ IMPOSSIBLE = OSError, KeyError, importlib.metadata.PackageNotFoundError
 
 def start(config: EngineConfig, model: ModelConfig) -> subprocess.Popen[bytes] | None:
     """None where it has been done, or cannot be. `config` is resolved, for CUDA. The caller ends the process."""
-    if config.dtype == "float32" or not GPU_DRIVER.exists():
+    is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""  # as Ray hides GPUs from actors that ask for none
+    if config.dtype == "float32" or is_hidden or not GPU_DRIVER.exists():
         return None
     size = config.tensor_parallel_size
     heads = model.num_attention_heads // size, model.local_kv_heads(size)
     arguments = [config.dtype, *map(str, (*heads, model.head_dim, config.block_size))]
-    # Ray hides all GPUs from actors that ask for none
-    environment = {name: value for name, value in os.environ.items() if value or name != "CUDA_VISIBLE_DEVICES"}
     with contextlib.suppress(*IMPOSSIBLE):
         if not _marker(arguments).exists():
             command, null = [sys.executable, "-m", "rayllm.ahead", *arguments], subprocess.DEVNULL
-            return subprocess.Popen(command, env=environment, stdin=null, stdout=null, stderr=null)
+            return subprocess.Popen(command, stdin=null, stdout=null, stderr=null)
     return None
 
 
@@ -58,8 +60,9 @@ def _folder() -> Path:
 
 
 def _marker(arguments: list[str]) -> Path:
-    """A file that is there when the kernel is."""
-    return _folder() / "-".join(("rayllm", importlib.metadata.version("flash-attn-4"), *arguments))
+    """A file that is there when the kernel is, for this Python and these packages."""
+    versions = [importlib.metadata.version(package) for package in ("flash-attn-4", "nvidia-cutlass-dsl")]
+    return _folder() / "-".join((f"rayllm-py{sys.version_info.minor}", *versions, *arguments))
 
 
 @contextlib.contextmanager
@@ -70,6 +73,7 @@ def _lock(kind: int) -> Iterator[None]:
 
 
 def main() -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.alarm(TIMEOUT_S)
     dtype_name, *sizes = sys.argv[1:]
     heads, kv_heads, head_dim, block_size = map(int, sizes)
@@ -80,13 +84,12 @@ def main() -> None:
         from rayllm_kernels import prefill_attention, prefill_backend
 
         dtype = getattr(torch, dtype_name)
-        if (backend := prefill_backend(dtype, head_dim)) == "flash_attn_4":
+        if prefill_backend(dtype, head_dim) == "flash_attn_4":
             q = torch.zeros(block_size, heads, head_dim, dtype=dtype, device="cuda")
             cache = torch.zeros(2, block_size, kv_heads, head_dim, dtype=dtype, device="cuda")
             table = torch.zeros(1, 1, dtype=torch.int32, device="cuda")
             ends = torch.tensor([0, block_size], dtype=torch.int32, device="cuda")
             prefill_attention(q, cache, cache, table, ends, ends[1:], block_size, block_size, scale=1.0)
-        if not backend.startswith("torch"):  # there is a GPU
             marker.touch()
 
 

@@ -64,10 +64,7 @@ class Engine:
         if config.device != "auto":
             self._resolve(config, config.device)
         self._ahead: subprocess.Popen[bytes] | None = None
-        if config.device != "cpu":
-            with contextlib.suppress(UsageError):  # "auto" may yet be a CPU, which takes other arguments
-                self._ahead = ahead.start(self._resolve(config, "cuda"), source.config)
-        self._started_ray = placement.connect(address, min_cpus=config.tensor_parallel_size)
+        self._started_ray = False
         self._own_group: PlacementGroup | None = None
         self._report = report
         self._max_restarts = MAX_RESTARTS if max_restarts is None else max_restarts
@@ -85,6 +82,10 @@ class Engine:
         self._pending: dict[tuple[int, int], asyncio.Future[None]] = {}
         """By (client, sequence): sequences that have not ended."""
         try:
+            if config.device != "cpu":
+                with contextlib.suppress(UsageError):  # "auto" may yet be a CPU, which takes other arguments
+                    self._ahead = ahead.start(self._resolve(config, "cuda"), source.config)
+            self._started_ray = placement.connect(address, min_cpus=config.tensor_parallel_size)
             device = placement.choose_device(config.device)
             self.config = self._resolve(config, device)
             if placement_group is None:
@@ -97,6 +98,8 @@ class Engine:
             show: AbstractContextManager[Any] = ProgressBar() if progress else nullcontext(report)
             with show as report:
                 self.info = self._start(report)
+            if self._ahead is not None:
+                self._ahead.poll()  # it has ended, or will with this engine
         except BaseException:
             self.close()
             raise

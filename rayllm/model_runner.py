@@ -57,11 +57,11 @@ class ModelRunner:
         window = self.policy.window if self.policy else 0
         heads = source.config.num_attention_heads // tp.size
         self.windows = torch.empty(
-            (source.config.num_hidden_layers, MAX_PRUNES, window, heads, source.config.head_dim),
+            (source.config.num_hidden_layers, self._max_prunes, window, heads, source.config.head_dim),
             dtype=DTYPES[config.dtype],
             device=device.torch_device,
         )
-        """Queries of the windows of the prompts that a step prunes, [layers, MAX_PRUNES, window, Hq, D]."""
+        """Queries of the windows of the prompts that a step prunes, [layers, prompts, window, Hq, D]."""
         threading.Thread(target=self._import_attention, daemon=True).start()  # takes seconds
 
     def _import_attention(self) -> None:
@@ -107,16 +107,18 @@ class ModelRunner:
                 packed = self.device.put(pack_padding(shape, self.lanes.padding))
                 output = self._forward(unpack(packed, shape, self.lanes))
             self.sampler.launch_filter(output.logits)
-            if self.policy is not None:
-                table, length = self.lanes.block_tables[0], min(self.config.snapkv_limit, decodes[0].max_kv_len)
-                self._prune_prompt(self.windows[:, 0], table, length, length, table)
+            self._prune_nothing()
 
     @property
     def _graph_shapes(self) -> list[Shape]:
         config = self.config
         assert config.max_num_batched_tokens is not None and config.max_model_len is not None
-        max_prunes = MAX_PRUNES if self.policy else 0
-        return graph_shapes(config.max_num_seqs, config.max_num_batched_tokens, config.max_model_len, max_prunes)
+        return graph_shapes(config.max_num_seqs, config.max_num_batched_tokens, config.max_model_len, self._max_prunes)
+
+    @property
+    def _max_prunes(self) -> int:
+        """Prompts that one step prunes, at most."""
+        return min(MAX_PRUNES, self.config.max_num_seqs) if self.policy else 0
 
     @torch.inference_mode()
     def capture(self, track: Track = untracked) -> None:
@@ -193,11 +195,19 @@ class ModelRunner:
 
     def _prune(self, prunes: list[Prune], rows: Rows) -> None:
         """Copies what each prompt keeps into its new blocks, which its lane has from then on."""
-        for windows, prune, row in zip(self.windows.unbind(1), prunes, rows.pruned, strict=False):
+        for i, (prune, row) in enumerate(zip(prunes, rows.pruned, strict=True)):
             table = self.lanes.block_tables[prune.lane]
             new_table = self.device.put(np.array(prune.block_table, np.int32))
-            self._prune_prompt(windows, table, int(rows.kv_lens[row]), prune.num_kept, new_table)
+            self._prune_prompt(self.windows[:, i], table, int(rows.kv_lens[row]), prune.num_kept, new_table)
         self.lanes.prune(prunes)
+
+    @torch.inference_mode()
+    def _prune_nothing(self) -> None:
+        """Prunes the longest prompt, as it were, within the spare block: to compile and to measure."""
+        if self.policy is not None:
+            table, length = self.lanes.block_tables[self.lanes.padding], self.config.max_model_len
+            assert length is not None
+            self._prune_prompt(self.windows[:, 0], table, length, min(self.config.snapkv_limit, length), table)
 
     def _prune_prompt(
         self, windows: torch.Tensor, table: torch.Tensor, kv_len: int, num_kept: int, new_table: torch.Tensor
@@ -250,6 +260,10 @@ class ModelRunner:
         before = torch.cuda.memory_allocated()
         self.execute(step).wait()
         activation_bytes = torch.cuda.max_memory_allocated() - before
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        self._prune_nothing()  # beside what graphs hold
+        activation_bytes += torch.cuda.max_memory_allocated() - before
         del self.keys, self.values, self.lanes, self.sampler, self.graphs
         gc.collect()
         torch.cuda.empty_cache()

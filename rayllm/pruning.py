@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 SINKS = 4
 """First tokens of a prompt, which are always kept (attention sinks, arXiv:2309.17453)."""
 MAX_PRUNES = 16
-"""Prompts that one step prunes, at most: until it ends, it holds their windows' queries of all layers."""
+"""Prompts that one step prunes, at most: there is room for so many windows' queries of all layers."""
 
 
 class PruningPolicy(Protocol):

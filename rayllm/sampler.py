@@ -85,7 +85,7 @@ class Sampler:
     def launch_filter(self, logits: torch.Tensor) -> None:
         """Launches what `draw_processed` needs beside `draw`, to no effect: so that it is compiled."""
         state, rows = self.lanes, torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
-        filtered = self._filter(logits.float(), rows)
+        filtered = self._filter(self.tp.all_gather(logits)[:, : self.vocab_size].float(), rows)
         sample_gumbel(filtered, state.temperature[rows], state.seeds[rows], rows)
 
     def _filter(self, logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

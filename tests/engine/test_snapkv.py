@@ -7,10 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from engine_testing import greedy, stats_of, tokens_of
 from pruned_reference import PrunedReference
 
-from rayllm import LLM, UsageError
+from rayllm import LLM, SamplingParams, UsageError, model_runner
+from rayllm.config import EngineConfig
+from rayllm.device import open_device
+from rayllm.model_runner import ModelRunner
+from rayllm.model_source import resolve_model
+from rayllm.parallel import TensorParallel
+from rayllm.step import LaneStart, Prune, StepInput, pack_ids
 
 WINDOW = 8
 PRUNING: dict[str, Any] = {"enable_snapkv": True, "snapkv_limit": 24, "snapkv_attn_sample_queries": WINDOW}
@@ -101,6 +108,27 @@ def test_without_pruning_limits_are_refused(engines):
     llm: LLM = engines("llama", 1, max_model_len=128, block_size=8, max_num_seqs=16, max_num_batched_tokens=1024)
     with pytest.raises(UsageError, match="this engine runs without enable_snapkv"):
         llm.generate([[1]], greedy(1, snapkv_limit=20), use_tqdm=False)
+
+
+def test_layers_that_are_pruned_one_at_a_time(model_paths, monkeypatch: pytest.MonkeyPatch, rng):
+    """As those of long prompts are: they keep the same."""
+    source = resolve_model(str(model_paths["llama"]))
+    limits = {"max_model_len": 64, "max_num_seqs": 1, "max_num_batched_tokens": 64, "block_size": 8}
+    config = EngineConfig.of(model="any", device="cpu", **PRUNING, **limits)
+    config = config.resolved(device="cpu", model_dtype="float32", model_max_len=64)
+    prompt = pack_ids([rng.randrange(199) for _ in range(60)])
+    start = LaneStart(0, prompt, 60, 0, list(range(8)), SamplingParams(temperature=0), 0, [], None)
+    caches = []
+    for at_once in (model_runner.SCORES_AT_ONCE, 1):
+        monkeypatch.setattr(model_runner, "SCORES_AT_ONCE", at_once)
+        runner = ModelRunner(config, source, TensorParallel(), open_device("cpu", [], 1))
+        runner.load()
+        runner.allocate(12)
+        runner.execute(StepInput(0, 1, [start], [], [], [0, 60], [Prune(0, 24, [8, 9, 10])])).wait()
+        caches.append((runner.keys, runner.values))
+    for one, other in zip(*caches, strict=True):
+        assert torch.equal(one, other)
+        assert one[:, 8:11].any(), "what is kept"
 
 
 def test_leaving_while_it_prunes(engines, tiny: PrunedReference, rng):

@@ -153,6 +153,18 @@ def test_pruned_caches(
         assert output == reference.generate(prompt, 128, OUTPUT_LEN)
 
 
+@pytest.mark.parametrize(
+    "arguments", [{"enforce_eager": True}, {"snapkv_policy": "streaming"}], ids=["eager", "streaming"]
+)
+def test_pruned_caches_otherwise(model_folder: str, prompts: list[list[int]], arguments: dict[str, object]) -> None:
+    pruning = {"enable_snapkv": True, "snapkv_limit": 128}
+    outputs = generate(model_folder, prompts, dtype="float32", **pruning, **arguments)
+    reference = PrunedReference(model_folder, window=32, device="cuda")
+    policy = arguments.get("snapkv_policy", "snapkv")
+    for prompt, output in zip(prompts, outputs, strict=True):
+        assert output == reference.generate(prompt, 128, OUTPUT_LEN, policy)
+
+
 @pytest.fixture(params=["flash_attn_4", "triton"])
 def prefill_op(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """With FlashAttention-4 as it is installed, and with one that cannot be imported in its place."""

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import msgspec
 
+from rayllm import scheduler
 from rayllm.sampling_params import SamplingParams
 from rayllm.scheduler import Scheduler
 from rayllm.sequence import Sequence
@@ -99,6 +100,7 @@ class Shards:
         chunks = list(zip(step.chunks[::2], step.chunks[1::2], strict=True))
         rows = [(self.lanes[lane], n) for lane, n in [(lane, 1) for lane in step.decode_lanes] + chunks]
         assert len({id(lane) for lane, _ in rows}) == len(rows), "a lane has one row in a step"
+        assert len(step.prunes) <= scheduler.MAX_PRUNES, "room for so many windows"
 
         written: Counter[int] = Counter()
         for lane, n in rows:

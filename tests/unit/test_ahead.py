@@ -17,6 +17,9 @@ from rayllm import ahead
 from rayllm.config import EngineConfig
 from rayllm.model_config import ModelConfig
 
+SIZES = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+MODEL = ModelConfig.from_hf({"model_type": "llama", "vocab_size": 64, "num_hidden_layers": 1, **SIZES})
+
 
 @pytest.fixture(autouse=True)
 def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -27,13 +30,25 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_nothing_is_compiled_where_it_cannot_be(monkeypatch: pytest.MonkeyPatch):
     if importlib.util.find_spec("flash_attn"):
         pytest.skip("FlashAttention-4 is installed")
-    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
-    model = ModelConfig.from_hf({"model_type": "llama", "vocab_size": 64, **sizes})
     config = EngineConfig(model="any", dtype="bfloat16")
-    assert ahead.start(config, model) is None
+    assert ahead.start(config, MODEL) is None
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "4")
     monkeypatch.setattr(ahead, "GPU_DRIVER", Path("/nowhere"))
-    assert ahead.start(config, model) is None
+    assert ahead.start(config, MODEL) is None
+
+
+def test_a_process_is_started_for_the_heads_of_a_shard(monkeypatch: pytest.MonkeyPatch):
+    """Here it fails at once, for want of FlashAttention-4."""
+    if importlib.util.find_spec("flash_attn"):
+        pytest.skip("FlashAttention-4 is installed")
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "4")
+    config = EngineConfig(model="any", dtype="bfloat16", tensor_parallel_size=2, block_size=32)
+    process = ahead.start(config, MODEL)
+    assert process is not None
+    assert process.args == [sys.executable, "-m", "rayllm.ahead", "bfloat16", "2", "1", "16", "32"]
+    assert process.wait(60) == 1
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert ahead.start(config, MODEL) is None
 
 
 def test_a_process_that_is_not_needed_ends_at_once(monkeypatch: pytest.MonkeyPatch):

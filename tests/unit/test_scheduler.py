@@ -9,7 +9,7 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from rayllm import block_manager
+from rayllm import block_manager, scheduler
 from rayllm.pruning import MAX_PRUNES, SnapKV, Streaming
 
 pytest.register_assert_rewrite("shard_model")
@@ -55,9 +55,10 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     digest = staticmethod(block_manager.xxhash.xxh3_128_digest)
 
-    @initialize(config=engine_configs(), collide=st.booleans())
-    def start(self, config, collide):
+    @initialize(config=engine_configs(), collide=st.booleans(), max_prunes=st.sampled_from((1, 2, MAX_PRUNES)))
+    def start(self, config, collide, max_prunes):
         block_manager.xxhash.xxh3_128_digest = tiny_digest if collide else self.digest
+        scheduler.MAX_PRUNES = max_prunes
         self.engine = Engine(**config)
 
     @rule(data=st.data(), number=st.integers(1, 4))
@@ -106,6 +107,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 self.engine.drain(depth=len(self.engine.sequences) % 3 + 1)
         finally:
             block_manager.xxhash.xxh3_128_digest = self.digest
+            scheduler.MAX_PRUNES = MAX_PRUNES
 
 
 TestScheduler = SchedulerMachine.TestCase
