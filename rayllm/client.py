@@ -30,6 +30,8 @@ READERS_AT_ONCE = 16
 """Of new tokens."""
 TURNS = 4
 """Of the event loop, in which what follows from new tokens is done."""
+MAX_DEATHS = 6
+"""Of engines in a row, on a choice that gets no token meanwhile: it may be what they die of."""
 
 
 class Link(Protocol):
@@ -55,6 +57,10 @@ class Stream:
     sequence: int
     call: asyncio.Future[None]
     """Of `Link.answer`."""
+    num_tokens: int
+    """Of the choice, when this began."""
+    num_deaths: int
+    """Before this, without a new token."""
 
 
 class Client:
@@ -153,7 +159,7 @@ class Client:
         """Yields what is new whenever something is, for each prompt's `params.n` choices, numbered in a row.
 
         The prompts have passed `check`. Leaving the iteration early aborts the request. When the engine dies and
-        there is another, choices go on there from the tokens that came so far.
+        there is another, choices go on there from the tokens that came so far, but not beyond `MAX_DEATHS`.
         """
         self._attach()
         changed = asyncio.Event()
@@ -171,13 +177,16 @@ class Client:
                         if increment.finish_reason:
                             continue
                     if stream.call.done() and (error := stream.call.exception()):
-                        if not isinstance(error, EngineDeadError) or not await self._link.recover():
+                        num_deaths = 1 if len(stream.choice.token_ids) > stream.num_tokens else stream.num_deaths + 1
+                        is_death = isinstance(error, EngineDeadError)
+                        if not is_death or num_deaths >= MAX_DEATHS or not await self._link.recover():
                             raise error
                         if stream.choice.has_news:  # perhaps its last
                             changed.set()
                             continue
                         self._stop(stream)
-                        streams[streams.index(stream)] = self._start(stream.choice, changed, cache_salt)
+                        again = self._start(stream.choice, changed, cache_salt, num_deaths)
+                        streams[streams.index(stream)] = again
         finally:
             for stream in streams:
                 self._stop(stream)
@@ -196,7 +205,7 @@ class Client:
             for i in range(params.n)
         ]
 
-    def _start(self, choice: Choice, changed: asyncio.Event, cache_salt: str | None) -> Stream:
+    def _start(self, choice: Choice, changed: asyncio.Event, cache_salt: str | None, num_deaths: int = 0) -> Stream:
         sequence = self._next_sequence
         self._next_sequence += 1
         message = NewSequence(
@@ -209,8 +218,9 @@ class Client:
         )
         call = asyncio.ensure_future(self._link.answer(self._address, message))
         call.add_done_callback(lambda call: changed.set() if call.cancelled() or call.exception() else None)
-        self._streams[sequence] = Stream(choice, changed, sequence, call)
-        return self._streams[sequence]
+        stream = Stream(choice, changed, sequence, call, len(choice.token_ids), num_deaths)
+        self._streams[sequence] = stream
+        return stream
 
     def _stop(self, stream: Stream) -> None:
         stream.call.cancel()  # nothing if it has ended

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from kernel_testing import assert_close, poisoned
-from rayllm_kernels import select_kept
+from rayllm_kernels import pruning, select_kept
 from rayllm_kernels.pruning import (
     _compact_kv_triton,
     _window_scores_triton,
@@ -120,8 +120,9 @@ def test_scores_triton(
     assert_close(scores, expected, tolerance=1e-4 if dtype == torch.float32 else 2e-2)
 
 
-def test_scores_triton_of_split_keys(device: torch.device) -> None:
-    prompt = make_prompt(5000, 8, (2, 1), 16, 64, torch.float32, device)
+def test_scores_triton_of_split_keys(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pruning, "MIN_SPLIT", 128)
+    prompt = make_prompt(700, 8, (4, 2), 16, 64, torch.float32, device)
     with poisoned():
         scores = _window_scores_triton(*prompt.score_args)
     assert_close(scores, window_scores_reference(*prompt.score_args), tolerance=1e-4)
