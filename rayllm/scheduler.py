@@ -131,8 +131,8 @@ class Scheduler:
     def _take_chunk(
         self, seq: Sequence, budget: int, chunks: list[tuple[Sequence, int]], to_prune: list[Sequence]
     ) -> int:
-        """How many tokens of `seq` this step computes; a prompt's last chunk has the whole window that prunes it, and
-        waits while the step prunes `MAX_PRUNES` others."""
+        """Adds the chunk of `seq` that the budget has room for; returns its size, perhaps 0. A prompt's last chunk has
+        the whole window that prunes it, and waits while the step prunes `MAX_PRUNES` others."""
         size = min(seq.num_chunkable, budget)
         if self.pruning is not None and seq.num_kept and not seq.num_pruned:
             window, rest = max(self.pruning.window, 1), seq.num_chunkable - size
