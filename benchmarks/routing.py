@@ -23,7 +23,8 @@ from ray import serve
 
 from deployments.config import ServedModel
 from deployments.openai_api import build
-from rayllm import config, placement
+from rayllm import config
+from rayllm.engine import placement
 
 APP = "routing"
 OWN_TOKENS = 16

@@ -234,7 +234,7 @@ def serving(options: argparse.Namespace, flags: list[str]) -> Iterator[float]:
     with socket.socket() as probe:
         if probe.connect_ex(("127.0.0.1", options.port)) == 0:
             fail(f"port {options.port} is taken")
-    command = [sys.executable, "-m", "rayllm.cli", "serve", options.model, "--port", str(options.port), *flags]
+    command = [sys.executable, "-m", "rayllm", "serve", options.model, "--port", str(options.port), *flags]
     start = time.monotonic()
     process = subprocess.Popen(command, stdout=sys.stderr, start_new_session=True)  # Ctrl-C reaches it through us
     try:

@@ -24,16 +24,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from rayllm import LLM, SamplingParams
+from rayllm.checkpoint.sources import ModelSource, resolve_model
 from rayllm.config import EngineConfig
-from rayllm.cuda_graphs import ModelOutput
-from rayllm.device import open_device
-from rayllm.model_input import ModelInput
-from rayllm.model_runner import ModelRunner
-from rayllm.model_source import ModelSource, resolve_model
-from rayllm.parallel import TensorParallel
-from rayllm.pruning import PruningPolicy, SnapKV, Streaming
-from rayllm.step import LaneStart, Prune, StepInput, pack_ids
-from rayllm.tokenizer import Tokenizer
+from rayllm.frontend.tokenizer import Tokenizer
+from rayllm.messages.step import LaneStart, Prune, StepInput, pack_ids
+from rayllm.runner.cuda_graphs import ModelOutput
+from rayllm.runner.device import open_device
+from rayllm.runner.executor import ModelRunner
+from rayllm.runner.model_input import ModelInput
+from rayllm.runner.parallel import TensorParallel
+from rayllm.scheduling.pruning import PruningPolicy, SnapKV, Streaming
 
 KEPT = {"50 %": 0.5, "25 %": 0.25, "12.5 %": 0.125}
 CONTEXT_LEN = 1850

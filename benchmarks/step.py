@@ -17,7 +17,7 @@ import random
 from typing import Any
 
 from rayllm import AsyncLLM, SamplingParams, config
-from rayllm.driver import EngineStats
+from rayllm.engine.driver import EngineStats
 
 PROMPT_LEN = 256
 

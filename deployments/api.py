@@ -17,13 +17,13 @@ from deployments.http import Endpoint, make_app
 from deployments.link import ServeLink
 from deployments.metrics import ServiceMetrics, engine_values, merged
 from deployments.service import Model, Service
-from rayllm.client import Client, Prompt
+from rayllm.checkpoint.sources import ModelSource
 from rayllm.errors import UsageError
-from rayllm.model_source import ModelSource
-from rayllm.output import Increment
+from rayllm.frontend.client import Client, Prompt
+from rayllm.frontend.output import Increment
+from rayllm.frontend.tokenizer import load_tokenizer
+from rayllm.messages.transport import local_host
 from rayllm.sampling_params import SamplingParams
-from rayllm.tokenizer import load_tokenizer
-from rayllm.transport import local_host
 
 API = "Api"
 

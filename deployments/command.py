@@ -22,8 +22,8 @@ from deployments.api import API
 from deployments.config import ApiConfig, ServedModel
 from deployments.engine import read_progress
 from deployments.openai_api import bind, find_models
-from rayllm import placement
 from rayllm.config import from_arguments
+from rayllm.engine import placement
 from rayllm.errors import EngineDeadError, UsageError, named_in
 from rayllm.progress import ProgressBar
 

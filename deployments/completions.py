@@ -36,10 +36,10 @@ from deployments.protocol import (
     Usage,
 )
 from rayllm.errors import UsageError
-from rayllm.output import Increment
+from rayllm.frontend.output import Increment
+from rayllm.frontend.tokenizer import Tokenizer
+from rayllm.messages.step import Logprobs
 from rayllm.sampling_params import SamplingParams
-from rayllm.step import Logprobs
-from rayllm.tokenizer import Tokenizer
 
 R = TypeVar("R", bound=GenerationRequest)
 

@@ -17,15 +17,15 @@ from ray.serve.config import RequestRouterConfig
 from deployments.config import ApiConfig, ServedModel, engine_config, scaling
 from deployments.metrics import EngineGauges
 from deployments.router import PrefixRouter
-from rayllm.client import Client
-from rayllm.driver import EngineStats
-from rayllm.engine import Engine
+from rayllm.checkpoint.sources import ModelSource
+from rayllm.engine.driver import EngineStats
+from rayllm.engine.engine import Engine
 from rayllm.errors import EngineDeadError, QueueFullError, UsageError
-from rayllm.model_source import ModelSource
+from rayllm.frontend.client import Client
+from rayllm.messages.step import BYTES_OF_ID, NewSequence
+from rayllm.messages.transport import Address
 from rayllm.progress import Progress
 from rayllm.sampling_params import SamplingParams
-from rayllm.step import BYTES_OF_ID, NewSequence
-from rayllm.transport import Address
 
 logger = logging.getLogger("ray.serve")
 

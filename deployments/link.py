@@ -13,8 +13,8 @@ from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from deployments.engine import EngineStatus, Refusal
-from rayllm.step import NewSequence
-from rayllm.transport import Address
+from rayllm.messages.step import NewSequence
+from rayllm.messages.transport import Address
 
 PROBE_PERIOD_S = 0.5
 PROBE_TIMEOUT_S = 2.0
@@ -24,7 +24,7 @@ GONE = (ray.exceptions.RayError, RayServeException, DeploymentUnavailableError)
 
 
 class ServeLink:
-    """A `rayllm.client.Link` through a Serve handle: one call for each choice, open as long as it is answered."""
+    """A client's `Link` through a Serve handle: one call for each choice, open as long as it is answered."""
 
     def __init__(self, engine: DeploymentHandle, recovery_timeout_s: float):
         self.trouble: str | None = "the engine is starting"
@@ -40,7 +40,7 @@ class ServeLink:
         self._prober = asyncio.get_running_loop().create_task(self._probe())
 
     async def answer(self, client: Address, sequence: NewSequence) -> None:
-        """See `rayllm.client.Link`."""
+        """See `rayllm.frontend.client.Link`."""
         session_id = serve.context._get_serve_request_context().session_id  # a handle's option, or x-session-id
         engine = self._engine.options(method_name="answer", session_id=session_id)
         response = engine.remote(client, sequence)

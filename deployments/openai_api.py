@@ -14,10 +14,10 @@ from ray._private.accelerators import get_accelerator_manager_for_resource
 from deployments.api import api_deployment
 from deployments.config import ApiConfig, ServedModel, read_arguments
 from deployments.engine import engine_deployment
-from rayllm import placement
+from rayllm.checkpoint.sources import ModelSource, resolve_model
+from rayllm.engine import placement
 from rayllm.errors import UsageError
-from rayllm.model_source import ModelSource, resolve_model
-from rayllm.tokenizer import load_tokenizer
+from rayllm.frontend.tokenizer import load_tokenizer
 
 
 def build_app(arguments: dict[str, Any]) -> serve.Application:

@@ -12,8 +12,8 @@ from collections.abc import Collection, Iterable, Sequence
 import xxhash
 from ray.serve.request_router import FIFOMixin, PendingRequest, RequestRouter, RunningReplica
 
-from rayllm.block_manager import block_hash, root_hash
-from rayllm.step import BYTES_OF_ID, NewSequence
+from rayllm.messages.step import BYTES_OF_ID, NewSequence
+from rayllm.scheduling.block_manager import block_hash, root_hash
 
 logger = logging.getLogger("ray.serve")
 

@@ -30,11 +30,11 @@ from deployments.protocol import (
     Version,
 )
 from rayllm import __version__
-from rayllm.client import Client
 from rayllm.errors import EngineDeadError, UsageError
-from rayllm.output import Increment
+from rayllm.frontend.client import Client
+from rayllm.frontend.output import Increment
+from rayllm.frontend.tokenizer import Tokenizer
 from rayllm.sampling_params import SamplingParams
-from rayllm.tokenizer import Tokenizer
 
 
 class EngineState(Protocol):

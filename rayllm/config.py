@@ -16,6 +16,10 @@ from typing import Any, Literal, Self, TypeVar
 from rayllm.errors import UsageError
 
 
+SINKS = 4
+"""First tokens of a prompt, which pruning always keeps (attention sinks, arXiv:2309.17453)."""
+
+
 def option(default: Any, doc: str) -> Any:
     """A field of `Options`."""
     return dataclasses.field(default=default, metadata={"doc": doc})
@@ -37,7 +41,7 @@ class Options:
 
     def check(self, ok: bool, name: str, allowed: str) -> None:
         if not ok:
-            raise UsageError(f"{name} must be {allowed}, not {getattr(self, name)!r}")
+            raise UsageError(f"{name} must be {allowed}, not {getattr(self, name)!r}", name)
 
     @classmethod
     def names(cls) -> list[str]:
@@ -115,7 +119,7 @@ class EngineConfig(Options):
             check(getattr(self, name) is None or getattr(self, name) >= 1, name, "at least 1")
         check(self.max_model_len is None or self.max_model_len >= 2, "max_model_len", "at least 2")
         check(self.snapkv_attn_sample_queries >= 2, "snapkv_attn_sample_queries", "at least 2")
-        least = self.snapkv_attn_sample_queries + 4
+        least = self.min_snapkv_limit
         check(self.snapkv_limit >= least, "snapkv_limit", f"at least {least}, the tokens that are always kept")
         check(0 < self.gpu_memory_utilization <= 1, "gpu_memory_utilization", "over 0 and at most 1")
         check(self.placement_timeout_s >= 0, "placement_timeout_s", "at least 0")
@@ -126,6 +130,11 @@ class EngineConfig(Options):
             f"at least max_num_seqs ({self.max_num_seqs}), one token each",
         )
         check(not (self.skip_tokenizer_init and self.tokenizer), "skip_tokenizer_init", "off when a tokenizer is named")
+
+    @property
+    def min_snapkv_limit(self) -> int:
+        """Tokens of a prompt that pruning always keeps: the first ones and the window."""
+        return SINKS + self.snapkv_attn_sample_queries
 
     def resolved(self, *, device: str, model_dtype: str, model_max_len: int, model_kv_heads: int = 0) -> Self:
         """This configuration with everything decided that the device and the model decide."""

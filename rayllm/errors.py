@@ -2,7 +2,14 @@
 
 
 class UsageError(ValueError):
-    """The input (argument, model, prompt, cluster) cannot be served; raised before anything expensive starts."""
+    """The input (argument, model, prompt, cluster) cannot be served; raised before anything expensive starts.
+
+    `param` names the argument or the request's field that is wrong, if it is one.
+    """
+
+    def __init__(self, message: str, param: str | None = None):
+        super().__init__(message)
+        self.param = param
 
 
 class EngineDeadError(RuntimeError):

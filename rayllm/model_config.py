@@ -44,6 +44,13 @@ class RopeScaling:
 
 
 @dataclass(frozen=True)
+class KVGroup:
+    """Layers that share one kind of cache and one block table."""
+
+    layers: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A dense decoder of the Llama family. Names are those of Hugging Face's config.json.
 
@@ -130,6 +137,11 @@ class ModelConfig:
             bos_token_id=config.get("bos_token_id"),
             eos_token_ids=tuple(dict.fromkeys(_ids(config) + _ids(generation))),
         )
+
+    @property
+    def kv_groups(self) -> tuple[KVGroup, ...]:
+        """Every layer is in one of them; all layers here attend to everything, so that they are one."""
+        return (KVGroup(tuple(range(self.num_hidden_layers))),)
 
     @property
     def max_model_len(self) -> int:

@@ -12,7 +12,8 @@ import torch
 from rayllm_kernels import Rope, silu_and_mul
 from torch import nn
 
-from rayllm.layers import (
+from rayllm.model_config import ModelConfig
+from rayllm.models.layers import (
     ColumnParallelLinear,
     RMSNorm,
     RowParallelLinear,
@@ -21,8 +22,7 @@ from rayllm.layers import (
     WeightSlice,
     rope_table,
 )
-from rayllm.model_config import ModelConfig
-from rayllm.parallel import TensorParallel
+from rayllm.runner.parallel import TensorParallel
 
 
 class Attend(Protocol):

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from rayllm import LLM, SamplingParams
-from rayllm.driver import EngineStats
+from rayllm.engine.driver import EngineStats
 
 SMOLLM2 = {"max_model_len": 320, "block_size": 16, "max_num_seqs": 20, "max_num_batched_tokens": 64}
 WHOLE = {"max_model_len": 128, "block_size": 8, "max_num_seqs": 16, "max_num_batched_tokens": 1024}

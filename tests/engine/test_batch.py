@@ -1,4 +1,4 @@
-"""`python -m rayllm.batch`, as a user runs it: through `ray job submit` on a cluster with tokens, and refused."""
+"""Batch jobs as a user runs them: through `ray job submit` on a cluster with tokens, and refused."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ import psutil
 import pytest
 from engine_testing import eventually
 
-from deployments.batch import MAX_RESTARTS, Slots
-from rayllm import placement
-from rayllm.batch import main
+from deployments.batch_jobs.command import main
+from deployments.batch_jobs.engine import MAX_RESTARTS, Slots
+from rayllm.engine import placement
 from rayllm.errors import EngineDeadError
 
 ROOT = Path(__file__).parents[2]
@@ -138,7 +138,16 @@ def test_a_job_that_is_killed_and_continued(
     """First with the rayllm of the nodes, then with one that comes with the job."""
     write_rows(tmp_path / "in.jsonl")
     out = tmp_path / "out"
-    command = ["python", "-m", "rayllm.batch", "--model", str(tiny_text_model), "--tokenizer", str(smollm2), *ENGINE]
+    command = [
+        "python",
+        "-m",
+        "deployments.batch_jobs.command",
+        "--model",
+        str(tiny_text_model),
+        "--tokenizer",
+        str(smollm2),
+        *ENGINE,
+    ]
     command += ["--input", str(tmp_path / "in.jsonl"), "--output", str(out)]
 
     submitted = head.job("submit", "--no-wait", "--", *command)
@@ -212,7 +221,10 @@ def test_refusals(capsys: pytest.CaptureFixture[str], tiny_text_model: Path, smo
 
 
 def test_ray_data_is_missing():
-    code = "import sys; sys.modules['pyarrow'] = None; from rayllm.batch import main; sys.exit(main(sys.argv[1:]))"
+    code = (
+        "import sys; sys.modules['pyarrow'] = None; "
+        "from deployments.batch_jobs.command import main; sys.exit(main(sys.argv[1:]))"
+    )
     command = [sys.executable, "-c", code, "--model", "m", "--input", "i", "--output", "o"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (2, "Error: batch jobs need Ray Data: pip install 'rayllm[batch]'\n")

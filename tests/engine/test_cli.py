@@ -17,10 +17,10 @@ from pathlib import Path
 import pytest
 from engine_testing import eventually, is_alive
 
-from rayllm.cli import main
-from rayllm.tokenizer import Tokenizer
+from rayllm.__main__ import main
+from rayllm.frontend.tokenizer import Tokenizer
 
-RAYLLM = [sys.executable, "-m", "rayllm.cli"]
+RAYLLM = [sys.executable, "-m", "rayllm"]
 ENGINE = ["--device", "cpu", "--max-model-len", "256", "--block-size", "16", "--max-num-seqs", "4"]
 EOS = 2
 QUESTION = "What is gravity? Answer in one sentence."

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from rayllm import SamplingParams
-from rayllm.client import MAX_DEATHS, Client
 from rayllm.config import EngineConfig
 from rayllm.errors import EngineDeadError
-from rayllm.step import BYTES_OF_ID, NewSequence, SequenceUpdate, Updates
-from rayllm.transport import Address, Sender
+from rayllm.frontend.client import MAX_DEATHS, Client
+from rayllm.messages.step import BYTES_OF_ID, NewSequence, SequenceUpdate, Updates
+from rayllm.messages.transport import Address, Sender
 
 LENGTH = 3 * MAX_DEATHS
 

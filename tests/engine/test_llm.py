@@ -18,8 +18,8 @@ import transformers
 from engine_testing import SMOLLM2, WHOLE, eventually, greedy
 
 from rayllm import LLM, AsyncLLM, EngineDeadError, SamplingParams, UsageError
-from rayllm.gguf_index import converted
-from rayllm.output import Increment
+from rayllm.checkpoint.gguf import converted
+from rayllm.frontend.output import Increment
 
 PROMPT = "A short story about a fox and a river:\n"
 CHAT = [{"role": "user", "content": "Hi!"}]

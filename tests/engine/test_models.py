@@ -12,13 +12,13 @@ import torch.nn.functional as F
 import transformers
 from rayllm_kernels.rope import apply_rope_reference
 
+from rayllm.checkpoint.sources import resolve_model
+from rayllm.checkpoint.weights import load_weights
 from rayllm.errors import UsageError
-from rayllm.layers import rope_table
 from rayllm.model_config import ModelConfig
-from rayllm.model_source import resolve_model
 from rayllm.models import build_model
-from rayllm.parallel import TensorParallel
-from rayllm.weights import load_weights
+from rayllm.models.layers import rope_table
+from rayllm.runner.parallel import TensorParallel
 
 SIZES = {
     "hidden_size": 64,

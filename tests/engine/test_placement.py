@@ -15,7 +15,7 @@ import pytest
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group_table
 
-from rayllm import placement
+from rayllm.engine import placement
 from rayllm.errors import UsageError
 
 COMMANDS = "initialization", "setup", "head_setup", "worker_setup", "head_start_ray", "worker_start_ray"

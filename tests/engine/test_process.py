@@ -21,11 +21,11 @@ import psutil
 import pytest
 from engine_testing import TIGHT, WHOLE, eventually, greedy, is_alive, pids_of, stats_of, tokens_of
 
-import rayllm.engine
+import rayllm.engine.engine
 from rayllm import LLM, EngineDeadError
+from rayllm.checkpoint.sources import resolve_model
 from rayllm.config import EngineConfig
-from rayllm.engine import Engine
-from rayllm.model_source import resolve_model
+from rayllm.engine.engine import Engine
 
 ARGUMENTS: dict[str, Any] = WHOLE | {"device": "cpu", "skip_tokenizer_init": True, "progress": False}
 
@@ -114,7 +114,7 @@ def test_an_engine_is_started_again(
 
 def test_an_engine_that_dies_too_often(own_engine, rng, monkeypatch: pytest.MonkeyPatch):
     """All its requests fail at once, each with one line, and nothing is left."""
-    monkeypatch.setattr(rayllm.engine, "MAX_RESTARTS", 0)
+    monkeypatch.setattr(rayllm.engine.engine, "MAX_RESTARTS", 0)
     llm = own_engine(2)
     pids = pids_of(llm)
     streams = [llm.stream([rng.randrange(199)], greedy(None)) for _ in range(3)]

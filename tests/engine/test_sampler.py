@@ -12,7 +12,7 @@ import pytest
 from engine_testing import NEAR_TIE, TIGHT, WHOLE, Reference, greedy, stats_of, tokens_of
 
 from rayllm import LLM, SamplingParams, UsageError
-from rayllm.step import Logprobs
+from rayllm.messages.step import Logprobs
 
 VOCABULARY = 199
 SETUPS = pytest.mark.parametrize(

@@ -11,13 +11,14 @@ import torch
 from engine_testing import greedy, stats_of, tokens_of
 from pruned_reference import PrunedReference
 
-from rayllm import LLM, SamplingParams, UsageError, model_runner
+from rayllm import LLM, SamplingParams, UsageError
+from rayllm.checkpoint.sources import resolve_model
 from rayllm.config import EngineConfig
-from rayllm.device import open_device
-from rayllm.model_runner import ModelRunner
-from rayllm.model_source import resolve_model
-from rayllm.parallel import TensorParallel
-from rayllm.step import LaneStart, Prune, StepInput, pack_ids
+from rayllm.messages.step import LaneStart, Prune, StepInput, pack_ids
+from rayllm.runner import executor as model_runner
+from rayllm.runner.device import open_device
+from rayllm.runner.executor import ModelRunner
+from rayllm.runner.parallel import TensorParallel
 
 WINDOW = 8
 PRUNING: dict[str, Any] = {"enable_snapkv": True, "snapkv_limit": 24, "snapkv_attn_sample_queries": WINDOW}

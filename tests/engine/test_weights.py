@@ -14,13 +14,14 @@ import torch
 from engine_testing import WHOLE, greedy
 from safetensors.torch import save_file
 
-from rayllm import LLM, bucket
+from rayllm import LLM
+from rayllm.checkpoint import bucket
+from rayllm.checkpoint.gguf import converted
+from rayllm.checkpoint.sources import resolve_model
+from rayllm.checkpoint.weights import load_weights
 from rayllm.errors import UsageError
-from rayllm.gguf_index import converted
-from rayllm.model_source import resolve_model
 from rayllm.models import build_model
-from rayllm.parallel import TensorParallel
-from rayllm.weights import load_weights
+from rayllm.runner.parallel import TensorParallel
 
 SHAPE = {
     "hidden_size": 96,

@@ -11,7 +11,7 @@ import openai
 import pytest
 from openai import AsyncOpenAI
 
-from rayllm.tokenizer import Tokenizer
+from rayllm.frontend.tokenizer import Tokenizer
 from serve.serve_testing import Service
 
 CHAT: list[Any] = [

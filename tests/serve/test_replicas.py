@@ -19,8 +19,8 @@ from ray import serve
 from deployments.config import ApiConfig, ServedModel
 from deployments.engine import engine_deployment
 from deployments.router import REFRESH_S
+from rayllm.checkpoint.sources import resolve_model
 from rayllm.errors import UsageError
-from rayllm.model_source import resolve_model
 from serve.serve_testing import Service
 
 TINY: dict[str, Any] = {"model": "org/tiny", "temperature": 1, "ignore_eos": True}

@@ -23,7 +23,7 @@ from deployments.openai_api import build_app
 from serve.serve_testing import Service, eventually, free_port
 
 TINY: dict[str, Any] = {"model": "org/tiny", "prompt": [5, 6, 7], "max_tokens": 4, "ignore_eos": True}
-RAYLLM = [sys.executable, "-m", "rayllm.cli"]
+RAYLLM = [sys.executable, "-m", "rayllm"]
 
 
 @pytest.fixture(scope="module")

@@ -14,11 +14,7 @@ from types import SimpleNamespace
 
 import msgspec
 
-from rayllm import scheduler
-from rayllm.sampling_params import SamplingParams
-from rayllm.scheduler import Scheduler
-from rayllm.sequence import Sequence
-from rayllm.step import (
+from rayllm.messages.step import (
     LaneStart,
     Logprobs,
     PromptLogprobs,
@@ -27,6 +23,10 @@ from rayllm.step import (
     StepInput,
     StepOutput,
 )
+from rayllm.sampling_params import SamplingParams
+from rayllm.scheduling import scheduler
+from rayllm.scheduling.scheduler import Scheduler
+from rayllm.scheduling.sequence import Sequence
 
 EOS = 0
 SALTS = (None, "salt", "pepper")

@@ -10,12 +10,12 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from deployments.batch import request_of
+from deployments.batch_jobs import output as batch_output
+from deployments.batch_jobs.engine import request_of
+from deployments.batch_jobs.input import find_files, read_input, read_lines
+from deployments.batch_jobs.output import BatchOutput, Job
 from deployments.http import ApiError, error_of
 from deployments.protocol import ChatRequest, CompletionRequest
-from rayllm import batch_output
-from rayllm.batch_input import find_files, read_input, read_lines
-from rayllm.batch_output import BatchOutput, Job
 from rayllm.errors import UsageError
 
 

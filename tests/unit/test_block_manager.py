@@ -10,10 +10,10 @@ import pytest
 from hypothesis import Phase, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from rayllm import block_manager
-from rayllm.block_manager import BlockManager
 from rayllm.sampling_params import SamplingParams
-from rayllm.sequence import Sequence
+from rayllm.scheduling import block_manager
+from rayllm.scheduling.block_manager import BlockManager
+from rayllm.scheduling.sequence import Sequence
 
 NO_LOGPROBS = SamplingParams()
 PROMPTS = st.lists(st.integers(1, 2), min_size=1, max_size=10)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rayllm.bucket import PIECE_BYTES, fetch, folder_of
+from rayllm.checkpoint.bucket import PIECE_BYTES, fetch, folder_of
 from rayllm.errors import UsageError
 from rayllm.progress import Tracker, untracked
 

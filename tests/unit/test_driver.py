@@ -10,14 +10,11 @@ from typing import Any
 
 import pytest
 
+from rayllm.checkpoint.sources import ModelSource
 from rayllm.config import EngineConfig
-from rayllm.driver import SHORT_STEP_S, STEPS_IN_FLIGHT, Driver
+from rayllm.engine.driver import SHORT_STEP_S, STEPS_IN_FLIGHT, Driver
 from rayllm.errors import EngineDeadError
-from rayllm.model_config import ModelConfig
-from rayllm.model_source import ModelSource
-from rayllm.sampling_params import SamplingParams
-from rayllm.scheduler import Scheduler
-from rayllm.step import (
+from rayllm.messages.step import (
     Abort,
     AddClient,
     AddSequence,
@@ -36,7 +33,10 @@ from rayllm.step import (
     Updates,
     pack_ids,
 )
-from rayllm.transport import Receiver, Sender
+from rayllm.messages.transport import Receiver, Sender
+from rayllm.model_config import ModelConfig
+from rayllm.sampling_params import SamplingParams
+from rayllm.scheduling.scheduler import Scheduler
 
 INCARNATION = 3
 EOS = 9

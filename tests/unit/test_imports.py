@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-MODULES = ("config", "errors", "sampling_params", "step", "sequence", "block_manager", "pruning", "scheduler")
+MODULES = ("config", "errors", "sampling_params", "messages.step", "scheduling.scheduler")
 
 
 @pytest.mark.parametrize("module", MODULES)

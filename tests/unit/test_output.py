@@ -10,10 +10,10 @@ from hypothesis import given
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from rayllm.output import Choice, Increment
+from rayllm.frontend.output import Choice, Increment
+from rayllm.frontend.tokenizer import Tokenizer as RayllmTokenizer
+from rayllm.messages.step import Logprobs, SequenceUpdate
 from rayllm.sampling_params import SamplingParams
-from rayllm.step import Logprobs, SequenceUpdate
-from rayllm.tokenizer import Tokenizer as RayllmTokenizer
 
 PIECES = ["a", "b", "c", "ab", "bc", "aba", " a", "é", "😀"]
 """Their bytes are tokens too, so that stop strings and characters lie across tokens in every way."""

@@ -9,10 +9,10 @@ from collections import Counter
 import pytest
 
 from deployments.router import MARGIN, Policy, _depth, hashes_of
-from rayllm.block_manager import BlockManager
+from rayllm.messages.step import NewSequence, pack_ids
 from rayllm.sampling_params import SamplingParams
-from rayllm.sequence import Sequence
-from rayllm.step import NewSequence, pack_ids
+from rayllm.scheduling.block_manager import BlockManager
+from rayllm.scheduling.sequence import Sequence
 
 BLOCK = 4
 IDLE = dict.fromkeys("abc", 0)

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from rayllm import block_manager, scheduler
-from rayllm.pruning import MAX_PRUNES, SnapKV, Streaming
+from rayllm.scheduling import block_manager, scheduler
+from rayllm.scheduling.pruning import MAX_PRUNES, SnapKV, Streaming
 
 pytest.register_assert_rewrite("shard_model")
 from shard_model import EOS, Engine  # noqa: E402

@@ -11,11 +11,11 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 
-from rayllm import step
+from rayllm.messages import step
+from rayllm.messages.step import DriverMessage, Message, OwnerMessage, StepInput, StepOutput, Stop, Updates
 from rayllm.sampling_params import SamplingParams
-from rayllm.scheduler import Scheduler
-from rayllm.sequence import Sequence
-from rayllm.step import DriverMessage, Message, OwnerMessage, StepInput, StepOutput, Stop, Updates
+from rayllm.scheduling.scheduler import Scheduler
+from rayllm.scheduling.sequence import Sequence
 
 INBOXES = {"shard": StepInput | Stop, "driver": DriverMessage, "client": Updates, "owner": OwnerMessage}
 LEAVES = {

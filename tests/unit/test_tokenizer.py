@@ -10,7 +10,7 @@ from tokenizers import Tokenizer as BackendTokenizer
 from transformers import PreTrainedTokenizerFast
 
 from rayllm.errors import UsageError
-from rayllm.tokenizer import Detokenizer, Tokenizer
+from rayllm.frontend.tokenizer import Detokenizer, Tokenizer
 
 NUM_IDS = 49152
 TEXT = "naïve 日本語 👩‍👩‍👧 \ufffd 🇫🇷 ok"

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import zmq
 
-from rayllm.step import ClientGone, Ended, Stop
-from rayllm.transport import NEW_S, Address, Receiver, Sender, remove_abandoned
+from rayllm.messages.step import ClientGone, Ended, Stop
+from rayllm.messages.transport import NEW_S, Address, Receiver, Sender, remove_abandoned
 
 
 @pytest.fixture
@@ -65,8 +65,8 @@ def test_only_who_was_told_the_key_gets_in(inbox: Receiver):
 
 PEER = """
 import sys, time
-from rayllm.step import Stop
-from rayllm.transport import Receiver
+from rayllm.messages.step import Stop
+from rayllm.messages.transport import Receiver
 inbox = Receiver(Stop, "127.0.0.1")
 print(inbox.local, inbox.remote, sep="\\n", flush=True)
 inbox.receive()
@@ -103,7 +103,7 @@ def test_a_killed_peer_is_noticed(inbox: Receiver, peer: tuple[subprocess.Popen[
 
 
 def test_sends_never_wait(inbox: Receiver, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("rayllm.transport.HIGH_WATER_MARK", 10)
+    monkeypatch.setattr("rayllm.messages.transport.HIGH_WATER_MARK", 10)
     slow: Receiver = Receiver(Stop)
     sender = Sender(slow.local)
     start = time.monotonic()

@@ -1,0 +1,169 @@
+"""What answers the rows of a batch job: an engine in a process of Ray Data's, behind the endpoints of the service."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group_table
+
+from deployments.config import BatchConfig, engine_config
+from deployments.http import ApiError, error_of
+from deployments.metrics import ServiceMetrics
+from deployments.protocol import ChatRequest, CompletionRequest, ErrorBody, ErrorDetail
+from deployments.service import Model, Service
+from rayllm.checkpoint.sources import ModelSource
+from rayllm.engine.engine import MAX_RESTARTS, Engine
+from rayllm.errors import EngineDeadError
+from rayllm.frontend.client import Client
+from rayllm.frontend.tokenizer import load_tokenizer
+from rayllm.progress import Progress
+
+if TYPE_CHECKING:
+    import pyarrow
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+BODIES: dict[str, type[ChatRequest] | type[CompletionRequest]] = {CHAT: ChatRequest, COMPLETIONS: CompletionRequest}
+NAMES = ("custom_id", "id")
+"""Fields of a row that name it."""
+
+
+class Response(msgspec.Struct):
+    status_code: int
+    request_id: str
+    body: Any
+
+
+class Error(msgspec.Struct):
+    code: str | None
+    message: str
+
+
+class Answer(msgspec.Struct):
+    """A line of the output, as OpenAI's batch API writes it; a bad row has both its response and `error`."""
+
+    id: str
+    custom_id: str
+    response: Response
+    error: Error | None
+
+
+def request_of(row: bytes, model: str) -> tuple[str, ChatRequest | CompletionRequest]:
+    """The endpoint that a row's JSON asks for, and the request; `model` where it names none.
+
+    Raises `ApiError` and msgspec's errors, as a request to the service does.
+    """
+    try:
+        fields = msgspec.json.decode(row)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ApiError(400, f"the row is not valid JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise ApiError(400, "a row must be a JSON object")
+    for name in NAMES:
+        if not isinstance(fields.pop(name, ""), str | int):
+            raise ApiError(400, f"{name} must be a text", name)
+    if "body" in fields:
+        url, method, body = fields.pop("url", None), fields.pop("method", "POST"), fields.pop("body")
+        if unknown := next(iter(fields), None):
+            raise ApiError(400, f"{unknown} must be in the body, or left out", unknown)
+        if isinstance(body, str):  # in Parquet, where columns have one type
+            body = msgspec.json.decode(body)
+        if url not in BODIES or method != "POST":
+            raise ApiError(400, f"method and url must be POST {CHAT} or {COMPLETIONS}, not {method} {url}", "url")
+    else:
+        body = fields
+        if ("prompt" in body) == ("messages" in body):
+            raise ApiError(400, "a row must have a body, a prompt or messages: one of them", "prompt")
+        url = CHAT if "messages" in body else COMPLETIONS
+    if not isinstance(body, dict):
+        raise ApiError(400, "body must be a JSON object", "body")
+    if body.get("stream"):
+        raise ApiError(400, "stream must be left out in a batch job", "stream")
+    return url, msgspec.json.decode(msgspec.json.encode({"model": model} | body), type=BODIES[url])
+
+
+class Slots:
+    """An actor that knows which process has which engine's resources, and how far the engines' start is."""
+
+    def __init__(self, groups: list[PlacementGroup]):
+        self._groups = groups
+        self._owners: dict[str, int] = {}
+        """The number of its group, by process."""
+        self._num_starts: Counter[str] = Counter()
+        self._progress: Progress | None = None
+
+    def claim(self, owner: str, node_id: str) -> PlacementGroup:
+        """The group that was its own before its process died, or else a free one, on its node if there is one.
+
+        Raises `EngineDeadError` for a process that has died too often.
+        """
+        self._num_starts[owner] += 1
+        if self._num_starts[owner] > MAX_RESTARTS + 1:
+            raise EngineDeadError(f"an engine's process died {self._num_starts[owner] - 1} times: its log says why")
+        if owner not in self._owners:
+            free = set(range(len(self._groups))) - set(self._owners.values())
+            self._owners[owner] = min(free, key=lambda number: (_node_of(self._groups[number]) != node_id, number))
+        return self._groups[self._owners[owner]]
+
+    def report(self, progress: Progress) -> None:
+        self._progress = progress
+
+    def progress(self) -> Progress | None:
+        return self._progress
+
+
+def _node_of(group: PlacementGroup) -> str:
+    """Where the driver will be."""
+    node_id: str = placement_group_table(group)["bundles_to_node_id"][0]
+    return node_id
+
+
+class BatchEngine:
+    """A callable for `Dataset.map_batches`: the process of one engine, whose resources an actor `Slots` assigns."""
+
+    def __init__(self, config: BatchConfig, source: ModelSource, slots: Any):
+        context = ray.get_runtime_context()
+        group = ray.get(slots.claim.remote(context.get_actor_id(), context.get_node_id()))
+
+        engine = Engine(
+            engine_config(config), source, progress=False, placement_group=group, report=slots.report.remote
+        )
+        tokenizer = load_tokenizer(config, source.on_this_node(weights=False))
+        assert tokenizer is not None
+        client = Client(engine, engine.config, source.config, tokenizer, engine.host)
+        self._model = config.name
+        self._service = Service([Model(config.name, client, tokenizer, engine, int(time.time()))], ServiceMetrics())
+
+    async def __call__(self, batch: pyarrow.Table) -> dict[str, list[Any]]:
+        """`key` and `row` (JSON) become `key`, `line` (the answer's JSON), `failed` and `tokens` (of the output)."""
+        keys = batch["key"].to_pylist()
+        answers = await asyncio.gather(*map(self._answer, keys, batch["row"].to_pylist()))
+        return {
+            "key": keys,
+            "line": [msgspec.json.encode(answer) for answer in answers],
+            "failed": [answer.error is not None for answer in answers],
+            "tokens": [answer.response.body.usage.completion_tokens if not answer.error else 0 for answer in answers],
+        }
+
+    async def _answer(self, key: str, row: bytes) -> Answer:
+        """Raises `EngineDeadError` when no engine is left; everything else is an answer."""
+        request_id = uuid.uuid4().hex
+        try:
+            url, request = request_of(row, self._model)
+            endpoint = self._service.chat if url == CHAT else self._service.complete
+            body, status, error = await endpoint(request_id, request), 200, None  # type: ignore[arg-type]
+        except EngineDeadError:
+            raise
+        except Exception as raised:
+            found = error_of(raised)
+            body, status, error = ErrorBody(found.detail), found.status, _error(found.detail)
+        return Answer(f"batch_req_{request_id}", key, Response(status, request_id, body), error)
+
+
+def _error(detail: ErrorDetail) -> Error:
+    return Error(detail.code or detail.type, detail.message)

@@ -1,0 +1,144 @@
+"""Finds a model: a Hugging Face folder, a .gguf file, a Hub id, a URL, or a configuration for random weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from tqdm import tqdm
+
+from rayllm.checkpoint import bucket
+from rayllm.checkpoint.gguf import converted
+from rayllm.errors import UsageError
+from rayllm.model_config import ModelConfig
+from rayllm.progress import Track, untracked
+
+T = TypeVar("T")
+
+LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
+WEIGHTS = "*.safetensors"
+FILES = ["*.json", WEIGHTS, "*.jinja", "tokenizer.model", "*.txt"]
+"""Of a model folder that is fetched."""
+UNWANTED = ["*/*", "consolidated*"]  # other formats of the same weights
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model that was found: `path` holds the weights (a folder, a .gguf file; for 'dummy' where the
+    configuration was), `tokenizer_path` is a folder with tokenizer files, None when there are none."""
+
+    path: str
+    format: Literal["safetensors", "gguf", "dummy"]
+    config: ModelConfig
+    tokenizer_path: str | None
+    origin: str | None = None
+    """The Hub id or URL that it comes from. Its paths are then this node's own, and weights may still be missing."""
+
+    def on_this_node(self, *, weights: bool, track: Track = untracked) -> ModelSource:
+        """The same on the node where this is called, fetched if need be; without `weights` only what is small.
+
+        Raises UsageError if it is not there.
+        """
+        if self.origin is not None:
+            return _fetched(self.origin, self.format == "dummy", weights, track)
+        if not Path(self.path).exists():
+            raise UsageError(
+                f"{self.path} is not on this node: give a path that all nodes share, a Hub id or a URL such as s3://…"
+            )
+        return self
+
+
+def resolve_model(model: str, load_format: str = "auto", progress: bool = True) -> ModelSource:
+    """Finds `model` and reads its configuration; no weights are read, nor fetched but for a .gguf file.
+
+    model: a folder with config.json and .safetensors files, a .gguf file, a Hub id ('owner/name'), the URL of a folder
+    or .gguf file that pyarrow reads, or with `load_format` 'dummy' also a bare config .json file. Raises UsageError
+    when there is nothing that can be served.
+    """
+    if load_format not in LOAD_FORMATS:
+        raise UsageError(f"load_format {load_format!r} is unknown: use one of {', '.join(LOAD_FORMATS)}")
+    path = Path(model).expanduser()
+    if "://" in model or (not path.exists() and HUB_ID.fullmatch(model) and path.suffix != ".gguf" and model[0] != "."):
+        track = _bar if progress else untracked
+        return _fetched(model, load_format == "dummy", weights=False, track=track)
+    if path.suffix == ".gguf" and load_format in ("auto", "gguf"):
+        return _gguf(path, progress)
+    if path.is_file() and path.suffix == ".json" and load_format == "dummy":
+        return ModelSource(str(path), "dummy", ModelConfig.from_hf(_read_json(path)), None)
+    if not path.is_dir():
+        raise UsageError(
+            f"no model at {model!r}: give a folder with config.json and .safetensors files, a .gguf file, a Hub id or "
+            "a URL"
+        )
+    if load_format == "gguf":
+        raise UsageError(f"load_format 'gguf' needs a .gguf file, but {model!r} is a folder")
+    return _folder(path, "dummy" if load_format == "dummy" else "safetensors")
+
+
+def _fetched(origin: str, is_dummy: bool, weights: bool, track: Track) -> ModelSource:
+    """The model of a Hub id or URL, on this node."""
+    patterns = FILES if weights and not is_dummy else [pattern for pattern in FILES if pattern != WEIGHTS]
+    path = bucket.fetch(origin, patterns, track) if "://" in origin else _download(origin, patterns)
+    if path.suffix == ".gguf":
+        source = _gguf(path, progress=False)
+    else:
+        source = _folder(path, "dummy" if is_dummy else "safetensors", has_weights=weights)
+    return dataclasses.replace(source, origin=origin)
+
+
+def _bar(items: Sequence[T], stage: str) -> Iterator[T]:
+    """A `Track` on stderr."""
+    yield from tqdm(items, stage, leave=False, delay=1)
+
+
+def _gguf(file: Path, progress: bool) -> ModelSource:
+    if not file.is_file():
+        raise UsageError(f"no file {file}")
+    folder = converted(file, progress)
+    config = ModelConfig.from_hf(_read_json(folder / "config.json"))
+    return ModelSource(str(file.resolve()), "gguf", config, str(folder))
+
+
+def _folder(folder: Path, load_format: Literal["safetensors", "dummy"], has_weights: bool = True) -> ModelSource:
+    if not (folder / "config.json").is_file():
+        raise UsageError(f"{folder} has no config.json: it is not a Hugging Face model folder")
+    generation = folder / "generation_config.json"
+    config = ModelConfig.from_hf(
+        _read_json(folder / "config.json"), _read_json(generation) if generation.is_file() else None
+    )
+    if load_format == "safetensors" and has_weights and not any(folder.glob("*.safetensors")):
+        pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt*"))
+        found = "only pickled weights, which can run code" if pickled else "no weights"
+        raise UsageError(f"{folder} has {found}: rayllm reads .safetensors (or load_format='dummy': random ones)")
+    path = str(folder.resolve())
+    return ModelSource(path, load_format, config, path if any(folder.glob("tokenizer*")) else None)
+
+
+def _download(repo: str, patterns: list[str]) -> Path:
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(huggingface_hub.snapshot_download(repo, allow_patterns=patterns, ignore_patterns=UNWANTED))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UsageError(
+            f"{repo!r} is no local path and could not be downloaded from the Hugging Face Hub "
+            f"({type(error).__name__}: {reason}): check the name and the network, or pass a local folder"
+        ) from error
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{file} is not readable JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{file} must hold a JSON object")
+    return content

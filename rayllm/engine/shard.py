@@ -1,0 +1,147 @@
+"""A shard: one tensor-parallel rank, an actor that Ray placed. It executes the steps that the driver sends.
+
+Torch is imported where it is used, in the shard's own process: whoever only starts shards does without.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import queue
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import ray
+
+from rayllm.checkpoint.sources import ModelSource
+from rayllm.config import EngineConfig
+from rayllm.messages.step import ShardFailed, StepInput, Stop
+from rayllm.messages.transport import Address, Receiver, Sender, local_host
+from rayllm.progress import Progress, Tracker
+
+if TYPE_CHECKING:
+    from rayllm.runner.executor import PendingOutput
+
+logger = logging.getLogger("rayllm")
+
+
+@dataclass(frozen=True)
+class ShardStats:
+    """Facts about one shard's process."""
+
+    pid: int
+    bytes_read: int
+    """From the checkpoint."""
+    peak_memory_bytes: int
+
+
+class Shard:
+    """Rank `rank` of one engine. The driver calls `load`, `start`, then `run`, which lasts as long as the engine."""
+
+    def __init__(self, config: EngineConfig, source: ModelSource, rank: int, incarnation: int):
+        self.config = config
+        self.source = source
+        self.rank = rank
+        self.incarnation = incarnation
+        self.bytes_read = 0
+        self._tracker = Tracker()
+
+    def place(self) -> tuple[str, str]:
+        """The node that Ray chose, and its address."""
+        return ray.get_runtime_context().get_node_id(), local_host()
+
+    def open_store(self) -> tuple[str, int]:
+        """On rank 0: opens the store where the ranks meet; returns its host and port."""
+        from rayllm.runner import parallel
+
+        self._tracker.stage("importing torch")
+        self._store = parallel.open_store(local_host(), self.config.tensor_parallel_size)
+        return self._store.host, self._store.port
+
+    def load(self, store: tuple[str, int] | None) -> int:
+        """Joins the other ranks, loads the weights; returns how many KV cache blocks there is room for."""
+        self._tracker.stage("importing torch")
+        from rayllm.runner import parallel
+        from rayllm.runner.device import DTYPES, open_device
+        from rayllm.runner.executor import ModelRunner
+
+        config = self.config
+        gpu_ids = [str(gpu) for gpu in ray.get_gpu_ids()]
+        self.device = open_device(config.device, gpu_ids, config.tensor_parallel_size)
+        self._tracker.stage("looking for the model")
+        source = self.source.on_this_node(weights=True, track=self._tracker.track)
+        self._tracker.stage("joining ranks")
+        assert config.max_num_batched_tokens is not None
+        numbers = config.max_num_batched_tokens * source.config.hidden_size
+        node_id = ray.get_runtime_context().get_node_id()
+        shared = numbers, DTYPES[config.dtype]
+        tp = parallel.join(self.rank, config.tensor_parallel_size, store, self.device, node_id, shared)
+        self.runner = ModelRunner(config, source, tp, self.device)
+        self.bytes_read = self.runner.load(self._tracker.track)
+        self._tracker.stage("compiling kernels")
+        self.runner.compile()
+        self._tracker.stage("measuring memory")
+        return self.runner.count_blocks()
+
+    def start(self, num_blocks: int, host: str | None) -> tuple[Address, str]:
+        """Makes the KV cache and captures graphs; returns the address that steps are to be sent to, and what prefill
+        attention runs on, with the reason if that is not the fastest there is.
+
+        `host` None: the driver is on this node.
+        """
+        self.runner.allocate(num_blocks)
+        self.runner.capture(self._tracker.track)
+        self._inbox: Receiver[StepInput | Stop] = Receiver(StepInput | Stop, host)
+        return self._inbox.address(ray.get_runtime_context().get_node_id()), self.runner.prefill_backend()
+
+    @ray.method(concurrency_group="control")
+    def progress(self) -> Progress:
+        return self._tracker.progress
+
+    @ray.method(concurrency_group="control")
+    def stats(self) -> ShardStats:
+        return ShardStats(os.getpid(), self.bytes_read, self.device.peak_memory())
+
+    def run(self, driver: Address) -> None:
+        """Executes steps until told to stop. Rank 0 answers on a thread of its own, so that the next step is launched
+        while the last one's tokens are awaited. A failure is reported to the driver, then raised."""
+        gc.freeze()  # a collection of all that is imported would stop it for a tenth of a second
+        driver_address = driver.seen_from(ray.get_runtime_context().get_node_id())
+        answers: queue.SimpleQueue[PendingOutput | None] = queue.SimpleQueue()
+        thread = threading.Thread(target=self._answer, args=(answers, driver_address), daemon=True)
+        thread.start()
+        try:
+            while True:
+                for message in self._inbox.receive():
+                    if isinstance(message, Stop):
+                        return
+                    if message.incarnation == self.incarnation:
+                        pending = self.runner.execute(message)
+                        if self.rank == 0:
+                            answers.put(pending)
+        except Exception as error:
+            self._report(driver_address, error)
+            raise
+        finally:
+            answers.put(None)
+            thread.join()
+            self._inbox.close()
+
+    def _answer(self, answers: queue.SimpleQueue[PendingOutput | None], driver_address: str) -> None:
+        driver = Sender(driver_address)
+        try:
+            while (pending := answers.get()) is not None:
+                driver.send(pending.wait())
+        except Exception as error:
+            self._report(driver_address, error)
+        finally:
+            driver.close(linger_s=1)
+
+    def _report(self, driver_address: str, error: Exception) -> None:
+        logger.exception("shard %d failed", self.rank)
+        sender = Sender(driver_address)
+        reason = f"shard {self.rank}: {type(error).__name__}: {error}".splitlines()[0]
+        sender.send(ShardFailed(self.incarnation, reason))
+        sender.close(linger_s=1)

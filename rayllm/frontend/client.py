@@ -1,0 +1,264 @@
+"""The end of an engine that owns requests: prompts in, increments out."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import random
+from array import array
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import numpy as np
+import ray
+
+from rayllm.config import EngineConfig
+from rayllm.errors import EngineDeadError, UsageError
+from rayllm.frontend.output import Choice, Increment
+from rayllm.frontend.tokenizer import Tokenizer
+from rayllm.messages.step import NewSequence, Updates, pack_ids
+from rayllm.messages.transport import Address, Receiver
+from rayllm.model_config import ModelConfig
+from rayllm.sampling_params import SamplingParams
+
+Prompt = str | Sequence[int] | Sequence[dict[str, Any]]
+"""Text, token ids, or chat messages."""
+
+
+READERS_AT_ONCE = 16
+"""Of new tokens."""
+TURNS = 4
+"""Of the event loop, in which what follows from new tokens is done."""
+MAX_DEATHS = 6
+"""Of engines in a row, on a choice that gets no token meanwhile: it may be what they die of."""
+
+
+class Link(Protocol):
+    """How a client reaches an engine: in its own process, or through Ray Serve."""
+
+    async def answer(self, client: Address, sequence: NewSequence) -> None:
+        """Lasts until the sequence, whose tokens go to `client`, has ended; cancelled, it aborts it.
+
+        Raises `EngineDeadError` when it cannot end any more.
+        """
+
+    async def recover(self) -> bool:
+        """After an `EngineDeadError`: waits until there is an engine again; False if there will be none."""
+
+
+@dataclass(eq=False)
+class Stream:
+    """One choice that is being answered."""
+
+    choice: Choice
+    changed: asyncio.Event
+    """Set when there is something new of this choice, or of another of the same request."""
+    sequence: int
+    call: asyncio.Future[None]
+    """Of `Link.answer`."""
+    num_tokens: int
+    """Of the choice, when this began."""
+    num_deaths: int
+    """Before this, without a new token."""
+
+
+class Client:
+    """Sends prompts to an engine and turns what comes back into text. Belongs to one event loop.
+
+    `host`: this node's address, if engines may run on other nodes.
+    """
+
+    def __init__(
+        self,
+        link: Link,
+        config: EngineConfig,
+        model: ModelConfig,
+        tokenizer: Tokenizer | None,
+        host: str | None = None,
+    ):
+        assert config.max_model_len is not None
+        self._config = config
+        self.max_model_len = config.max_model_len
+        self.vocab_size = model.vocab_size
+        self.tokenizer = tokenizer
+        self._link = link
+        self._random = random.Random(config.seed)
+        self._inbox: Receiver[Updates] = Receiver(Updates, host)
+        self._address = self._inbox.address(ray.get_runtime_context().get_node_id())
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._next_sequence = 0
+        self._streams: dict[int, Stream] = {}
+        """By sequence."""
+        self._news: dict[int, Stream] = {}
+        """Those whose readers are to be told of new tokens, the longest waiting first."""
+        self._has_news = asyncio.Event()
+
+    def close(self) -> None:
+        if self._loop is not None and not self._loop.is_closed():
+            for fileno in self._inbox.filenos():
+                self._loop.remove_reader(fileno)
+            self._teller.cancel()
+        self._inbox.close()
+
+    # ---- prompts
+
+    def prepare(self, prompt: Prompt, params: SamplingParams) -> array[int]:
+        """The prompt's token ids; raises `UsageError` if this engine cannot serve them with `params`."""
+        token_ids = self._tokenize(prompt)
+        self.check(token_ids, params)
+        return token_ids
+
+    def check(self, token_ids: Sequence[int], params: SamplingParams) -> None:
+        """Raises `UsageError` if this engine cannot serve the prompt with `params`."""
+        if not token_ids:
+            raise UsageError("the prompt is empty: give at least one token")
+        if len(token_ids) >= self.max_model_len:
+            raise UsageError(
+                f"the prompt has {len(token_ids)} tokens, at most {self.max_model_len - 1} leave room for an "
+                f"answer in the context of {self.max_model_len}"
+            )
+        ids = np.asarray(token_ids)
+        if not 0 <= ids.min() <= ids.max() < self.vocab_size:
+            raise UsageError(f"token ids must be 0 to {self.vocab_size - 1}, the model's vocabulary")
+        if any(
+            not 0 <= token_id < self.vocab_size for token_id in (*(params.logit_bias or ()), *params.stop_token_ids)
+        ):
+            raise UsageError(f"token ids in logit_bias and stop_token_ids must be 0 to {self.vocab_size - 1}")
+        if params.snapkv_limit is None or params.snapkv_limit:
+            self._check_snapkv_limit(params.snapkv_limit)
+        if params.stop_strings and self.tokenizer is None:
+            raise UsageError("stop strings need the tokenizer, which skip_tokenizer_init left out")
+
+    def _check_snapkv_limit(self, limit: int | None) -> None:
+        config = self._config
+        if not config.enable_snapkv:
+            raise UsageError("snapkv_limit must be left out: this engine runs without enable_snapkv and prunes nothing")
+        least = config.min_snapkv_limit
+        if limit is not None and not least <= limit <= config.snapkv_limit:
+            raise UsageError(f"snapkv_limit must be {least} to {config.snapkv_limit}, or None, not {limit}")
+
+    def _tokenize(self, prompt: Prompt) -> array[int]:
+        is_chat = not isinstance(prompt, str) and len(prompt) > 0 and all(isinstance(item, dict) for item in prompt)
+        if not is_chat and not isinstance(prompt, str):
+            try:
+                return array("i", cast(Sequence[int], prompt))
+            except (TypeError, OverflowError):
+                raise UsageError("a prompt must be a string, a list of token ids or a list of chat messages") from None
+        if self.tokenizer is None:
+            raise UsageError("only token ids can be prompts when skip_tokenizer_init is set")
+        if isinstance(prompt, str):
+            return array("i", self.tokenizer.encode(prompt))
+        return array("i", self.tokenizer.apply_chat_template(list(prompt)))  # type: ignore[arg-type]
+
+    # ---- answers
+
+    async def answer(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, cache_salt: str | None = None
+    ) -> AsyncGenerator[Increment]:
+        """Yields what is new whenever something is, for each prompt's `params.n` choices, numbered in a row.
+
+        The prompts have passed `check`. Leaving the iteration early aborts the request. When the engine dies and
+        there is another, choices go on there from the tokens that came so far, but not beyond `MAX_DEATHS`.
+        """
+        self._attach()
+        changed = asyncio.Event()
+        streams = [self._start(choice, changed, cache_salt) for choice in self._new_choices(prompts, params)]
+        try:
+            while streams:
+                await changed.wait()
+                changed.clear()
+                for stream in tuple(streams):
+                    if (increment := stream.choice.take()) is not None:
+                        if increment.finish_reason:
+                            streams.remove(stream)
+                            self._stop(stream)
+                        yield increment
+                        if increment.finish_reason:
+                            continue
+                    if stream.call.done() and (error := stream.call.exception()):
+                        num_deaths = 1 if len(stream.choice.token_ids) > stream.num_tokens else stream.num_deaths + 1
+                        is_death = isinstance(error, EngineDeadError)
+                        if not is_death or num_deaths >= MAX_DEATHS or not await self._link.recover():
+                            raise error
+                        if stream.choice.has_news:  # perhaps its last
+                            changed.set()
+                            continue
+                        self._stop(stream)
+                        again = self._start(stream.choice, changed, cache_salt, num_deaths)
+                        streams[streams.index(stream)] = again
+        finally:
+            for stream in streams:
+                self._stop(stream)
+
+    def _new_choices(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Choice]:
+        seed = self._random.getrandbits(63) if params.seed is None else params.seed
+        return [
+            Choice(
+                index=number * params.n + i,
+                prompt_token_ids=prompt,
+                params=params,
+                seed=(seed + i + 2**63) % 2**64 - 2**63,
+                tokenizer=self.tokenizer,
+            )
+            for number, prompt in enumerate(prompts)
+            for i in range(params.n)
+        ]
+
+    def _start(self, choice: Choice, changed: asyncio.Event, cache_salt: str | None, num_deaths: int = 0) -> Stream:
+        sequence = self._next_sequence
+        self._next_sequence += 1
+        message = NewSequence(
+            sequence=sequence,
+            token_ids=pack_ids(choice.prompt_token_ids) + pack_ids(choice.token_ids),
+            num_prompt_tokens=len(choice.prompt_token_ids),
+            params=choice.params,
+            seed=choice.seed,
+            cache_salt=cache_salt,
+        )
+        call = asyncio.ensure_future(self._link.answer(self._address, message))
+        call.add_done_callback(lambda call: changed.set() if call.cancelled() or call.exception() else None)
+        stream = Stream(choice, changed, sequence, call, len(choice.token_ids), num_deaths)
+        self._streams[sequence] = stream
+        return stream
+
+    def _stop(self, stream: Stream) -> None:
+        stream.call.cancel()  # nothing if it has ended
+        del self._streams[stream.sequence]
+        self._news.pop(stream.sequence, None)
+
+    def _attach(self) -> None:
+        """Ties this object to the running event loop, on first use."""
+        if self._loop is None:
+            self._loop = asyncio.get_running_loop()
+            for fileno in self._inbox.filenos():
+                self._loop.add_reader(fileno, self._receive)
+            self._teller = self._loop.create_task(self._tell())
+            self._receive()
+
+    def _receive(self) -> None:
+        for message in self._inbox.receive(timeout_s=0):
+            for update in message.updates:
+                if (stream := self._streams.get(update.sequence)) is None:
+                    continue
+                if not stream.choice.token_ids:
+                    stream.changed.set()  # a first token does not wait
+                else:
+                    self._news[update.sequence] = stream
+                stream.choice.add(update)
+        if self._news:
+            self._has_news.set()
+
+    async def _tell(self) -> None:
+        """Tells the readers of new tokens, few at once and for half of the time at most: what they set off leaves the
+        event loop free for new requests, however many streams there are. Who is told late gets several tokens."""
+        loop = asyncio.get_running_loop()
+        while await self._has_news.wait():
+            began = loop.time()
+            for sequence in tuple(itertools.islice(self._news, READERS_AT_ONCE)):
+                self._news.pop(sequence).changed.set()
+            if not self._news:
+                self._has_news.clear()
+            for _ in range(TURNS):
+                await asyncio.sleep(0)
+            await asyncio.sleep(loop.time() - began)

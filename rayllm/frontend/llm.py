@@ -1,0 +1,238 @@
+"""Offline use: a list of prompts in, a list of results out."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import threading
+import time
+import weakref
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from tqdm import tqdm
+
+from rayllm.errors import EngineDeadError, UsageError
+from rayllm.frontend.async_llm import AsyncLLM
+from rayllm.frontend.client import Prompt
+from rayllm.frontend.output import Increment
+from rayllm.messages.step import Logprobs
+from rayllm.sampling_params import SamplingParams
+
+T = TypeVar("T")
+
+CANCEL_TIMEOUT_S = 1
+
+
+class LLM:
+    """An engine for scripts.
+
+        with LLM("/path/to/model") as llm:
+            print(llm.generate(["Hello"], SamplingParams(max_tokens=32))[0]["text"])
+
+    Keyword arguments are the fields of `EngineConfig`; `address` names a Ray cluster, by default one is started on
+    this machine. Without `with`, `close` ends it; so do the end of the object and of the process.
+    """
+
+    def __init__(self, model: str, *, address: str | None = None, progress: bool = True, **arguments: Any):
+        self.async_llm = AsyncLLM(model, address=address, progress=progress, **arguments)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="rayllm", daemon=True)
+        self._thread.start()
+        self._gate = _Gate()
+        self._finalizer = weakref.finalize(self, _close, self._gate, self.async_llm, self._loop, self._thread)
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._finalizer()
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[dict[str, Any]]:
+        """Answers all prompts, in order.
+
+        A prompt is a string, a list of token ids or a list of chat messages; `sampling_params` are one for all or one
+        for each. Each result has `text`, `token_ids`, `finish_reason`, `num_cached_tokens`, `num_pruned_tokens`, with
+        n > 1 all `choices` (the first one's fields stand beside them), and `logprobs` and `prompt_logprobs` when asked
+        for: for each token a dict {token id: log-probability}, the token itself first.
+
+        Raises `UsageError` before anything is computed if any prompt cannot be served.
+        """
+        prompt_list = _as_list(prompts)
+        if isinstance(sampling_params, SamplingParams | None):
+            sampling_params = [sampling_params or SamplingParams()] * len(prompt_list)
+        if len(sampling_params) != len(prompt_list):
+            raise UsageError(
+                f"{len(sampling_params)} sampling params for {len(prompt_list)} prompts: give one, or one for each"
+            )
+        token_ids = [self.async_llm.client.prepare(p, s) for p, s in zip(prompt_list, sampling_params, strict=True)]
+        with _Rates(len(prompt_list), use_tqdm) as rates:
+            return self._run(lambda: self._generate_all(token_ids, sampling_params, rates))
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Increment]:
+        """`AsyncLLM.generate` as an ordinary iterator; leaving it early aborts the request."""
+        increments = self.async_llm.generate(prompt, params)
+        try:
+            while (increment := self._run(lambda: anext(increments, None))) is not None:
+                yield increment
+        finally:
+            with contextlib.suppress(EngineDeadError):  # closed, by whomever: then there is nothing to abort
+                self._run(increments.aclose)
+
+    async def _generate_all(
+        self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams], rates: _Rates
+    ) -> list[dict[str, Any]]:
+        async with asyncio.TaskGroup() as group:
+            tasks = [
+                group.create_task(self._generate(prompt, own, rates))
+                for prompt, own in zip(prompts, params, strict=True)
+            ]
+        return [task.result() for task in tasks]
+
+    async def _generate(self, prompt: Sequence[int], params: SamplingParams, rates: _Rates) -> dict[str, Any]:
+        choices: list[dict[str, Any]] = [{"text": "", "token_ids": []} for _ in range(params.n)]
+        async for increment in self.async_llm.client.answer([prompt], params):
+            choice = choices[increment.index]
+            if not choice["token_ids"]:
+                choice["num_cached_tokens"] = increment.num_cached_tokens
+                choice["num_pruned_tokens"] = increment.num_pruned_tokens
+                if increment.index == 0:
+                    rates.prefilled(increment.num_prompt_tokens - increment.num_cached_tokens)
+                if params.prompt_logprobs is not None:
+                    choice["prompt_logprobs"] = [None, *map(_as_dict, increment.prompt_logprobs)]
+            rates.decoded(len(increment.token_ids))
+            choice["text"] += increment.text
+            choice["token_ids"] += increment.token_ids
+            if params.logprobs is not None:
+                choice.setdefault("logprobs", []).extend(map(_as_dict, increment.logprobs))
+            if increment.finish_reason:
+                choice |= {"finish_reason": increment.finish_reason, "stop_reason": increment.stop_reason}
+        rates.finished()
+        return choices[0] | ({"choices": choices} if params.n > 1 else {})
+
+    def _run(self, work: Callable[[], Awaitable[T]]) -> T:
+        """Runs it on the engine's loop; cancels it, so that its requests are aborted, if this thread is interrupted.
+
+        An interrupt may come anywhere, also in the midst of handing work to the loop.
+        """
+        result: concurrent.futures.Future[T] = concurrent.futures.Future()
+        tasks: list[asyncio.Task[T]] = []
+
+        async def run() -> T:
+            return await work()
+
+        def start() -> None:
+            tasks.append(self._loop.create_task(run()))
+            tasks[0].add_done_callback(finish)
+
+        def finish(task: asyncio.Task[T]) -> None:
+            if task.cancelled():
+                result.cancel()
+            elif error := task.exception():
+                result.set_exception(error)
+            else:
+                result.set_result(task.result())
+
+        def cancel() -> None:
+            if tasks:
+                tasks[0].cancel()
+            else:
+                result.cancel()
+
+        try:
+            self._gate.pass_on(self._loop, start)
+            return result.result()
+        except concurrent.futures.CancelledError:
+            raise EngineDeadError("the engine was closed") from None
+        except BaseExceptionGroup as group:
+            raise group.exceptions[0] from None
+        except BaseException:
+            if not result.done():
+                with contextlib.suppress(EngineDeadError):  # whoever closes cancels everything
+                    self._gate.pass_on(self._loop, cancel)
+                    # until it has ended, a generator that it runs cannot be closed
+                    concurrent.futures.wait([result], CANCEL_TIMEOUT_S)
+            raise
+
+
+@dataclass
+class _Gate:
+    """Through which threads give work to the loop, until it is closed."""
+
+    lock: Any = field(default_factory=threading.RLock)  # a stream that is collected meanwhile passes through it too
+    is_closed: bool = False
+
+    def pass_on(self, loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) -> None:
+        with self.lock:
+            if self.is_closed:
+                raise EngineDeadError("the engine was closed")
+            loop.call_soon_threadsafe(callback)
+
+
+def _close(gate: _Gate, async_llm: AsyncLLM, loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
+    async def close() -> None:
+        async_llm.close()
+        if requests := asyncio.all_tasks() - {asyncio.current_task()}:  # of other threads, which hear of it
+            _, stuck = await asyncio.wait(requests, timeout=CANCEL_TIMEOUT_S)
+            for request in stuck:  # it waits for something else, a restart of the engine, say
+                request.cancel()
+            await asyncio.gather(*stuck, return_exceptions=True)
+        await loop.shutdown_asyncgens()  # streams that nobody reads just now
+
+    with gate.lock:
+        gate.is_closed = True
+    asyncio.run_coroutine_threadsafe(close(), loop).result()
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()
+
+
+def _as_list(prompts: Any) -> list[Prompt]:
+    """A single prompt becomes a list of one."""
+    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int | dict)):
+        return [prompts]
+    return list(prompts)
+
+
+def _as_dict(entry: Logprobs) -> dict[int, float]:
+    return dict(zip(entry.token_ids, entry.logprobs, strict=True))
+
+
+class _Rates:
+    """A bar over requests that shows prompt tokens and output tokens per second, over the whole call."""
+
+    def __init__(self, total: int, is_shown: bool):
+        self._bar = tqdm(total=total, desc="generating", unit="req", disable=not is_shown, dynamic_ncols=True)
+        self._start = time.monotonic()
+        self._prefilled = self._decoded = 0
+
+    def __enter__(self) -> _Rates:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.close()
+
+    def prefilled(self, num_tokens: int) -> None:
+        self._prefilled += num_tokens
+
+    def decoded(self, num_tokens: int) -> None:
+        self._decoded += num_tokens
+        if not self._bar.disable:
+            seconds = time.monotonic() - self._start
+            self._bar.set_postfix_str(
+                f"prefill {self._prefilled / seconds:.0f} tok/s, decode {self._decoded / seconds:.0f} tok/s",
+                refresh=False,
+            )
+
+    def finished(self) -> None:
+        self._bar.update()

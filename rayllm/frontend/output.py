@@ -1,0 +1,138 @@
+"""From a sequence's tokens to what its reader gets: text, stop strings, increments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from rayllm.frontend.tokenizer import Detokenizer, Tokenizer
+from rayllm.messages.step import Logprobs, SequenceUpdate
+from rayllm.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True)
+class Increment:
+    """What is new of one choice."""
+
+    index: int
+    """Of the choice, 0 ≤ index < n."""
+    text: str
+    """Whole characters only; empty without a tokenizer."""
+    token_ids: list[int]
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    """Prompt tokens whose KV came from the prefix cache."""
+    num_pruned_tokens: int
+    """Prompt tokens whose KV was given up."""
+    queue_s: float
+    """How long the choice waited in the engine before it was computed."""
+    finish_reason: str | None = None
+    """stop or length, in the last increment."""
+    stop_reason: int | str | None = None
+    """The entry of `stop_token_ids` or `stop` that ended the choice; None for an end-of-sequence token."""
+    logprobs: list[Logprobs] = field(default_factory=list)
+    """One for each of `token_ids`, if asked for."""
+    prompt_logprobs: list[Logprobs] = field(default_factory=list)
+    """In the first increment: one for each prompt token but the first."""
+
+
+class Choice:
+    """Collects one sequence's updates, and hands out increments.
+
+    The text of an end-of-sequence or stop token is left out; a stop string ends the text before it (after it with
+    `include_stop_str_in_output`), and tokens sampled after the one that completed it are dropped.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        seed: int,
+        tokenizer: Tokenizer | None,
+    ):
+        self.prompt_token_ids = prompt_token_ids
+        self.params = params
+        self.seed = seed
+        self.token_ids: list[int] = []
+        """Of the output so far: with the prompt, all that another engine needs to go on."""
+        self._index = index
+        self._stops = params.stop_strings
+        self._detokenizer = Detokenizer(tokenizer, params.skip_special_tokens) if tokenizer else None
+        self._updates: list[SequenceUpdate] = []
+        self._held = ""
+        """Text that may be the beginning of a stop string."""
+        self._num_tokens = 0
+
+    @property
+    def has_news(self) -> bool:
+        """Whether `take` would return something."""
+        return bool(self._updates)
+
+    def add(self, update: SequenceUpdate) -> None:
+        self._updates.append(update)
+        self.token_ids += update.token_ids
+
+    def take(self) -> Increment | None:
+        """What came since the last call; None if nothing did."""
+        updates, self._updates = self._updates, []
+        if not updates:
+            return None
+        text, stop = "", None
+        token_ids: list[int] = []
+        logprobs: list[Logprobs] = []
+        for update in updates:
+            token_ids += update.token_ids
+            logprobs += update.logprobs
+            self._num_tokens += len(update.token_ids)
+            num_held = len(self._held)
+            self._held += self._decode(update)
+            stop = self._find_stop(num_held)
+            text += self._release(is_last=stop is not None or update.finish_reason is not None)
+            if stop is not None:
+                break
+        last = updates[-1]
+        stop_token = last.stop_token_id if last.stop_token_id in self.params.stop_token_ids else None
+        return Increment(
+            index=self._index,
+            text=text,
+            token_ids=token_ids,
+            num_prompt_tokens=len(self.prompt_token_ids),
+            num_cached_tokens=last.num_cached_tokens,
+            num_pruned_tokens=last.num_pruned_tokens,
+            queue_s=last.queue_s,
+            finish_reason=last.finish_reason if stop is None else "stop",
+            stop_reason=stop_token if stop is None else stop,
+            logprobs=logprobs,
+            prompt_logprobs=updates[0].prompt_logprobs,
+        )
+
+    def _decode(self, update: SequenceUpdate) -> str:
+        if self._detokenizer is None:
+            return ""
+        is_shown = update.stop_token_id is None or self.params.include_stop_str_in_output
+        text = self._detokenizer.add(update.token_ids if is_shown else update.token_ids[:-1])
+        return text + self._detokenizer.flush() if update.finish_reason else text
+
+    def _find_stop(self, num_old: int) -> str | None:
+        """The stop string that ends first after `num_old` characters of the held text, which is cut there."""
+        if self._num_tokens < self.params.min_tokens:
+            return None
+        starts = [(self._held.find(stop, max(0, num_old - len(stop) + 1)), stop) for stop in self._stops]
+        found = [(start + len(stop), start, stop) for start, stop in starts if start >= 0]
+        if not found:
+            return None
+        end, start, stop = min(found)
+        self._held = self._held[: end if self.params.include_stop_str_in_output else start]
+        return stop
+
+    def _release(self, is_last: bool) -> str:
+        """Takes out the held text, but for its longest end that a stop string may begin with."""
+        text, keep = self._held, 0
+        if not is_last and self._stops:
+            longest = min(len(text), max(map(len, self._stops)) - 1)
+            keep = next(
+                (k for k in range(longest, 0, -1) if text.endswith(tuple(s[:k] for s in self._stops if len(s) > k))), 0
+            )
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]

@@ -1,0 +1,142 @@
+"""The state of running sequences on a shard: tokens, block tables and sampling parameters, a row for each lane.
+
+Sampled tokens stay on the device: a step writes them into `token_ids`, the next one reads them there. What the host
+must know to prepare a step (lengths, kinds of sampling) does not depend on them and is kept in numpy.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from rayllm.messages.step import LaneStart, Prune, StepInput
+from rayllm.runner.device import Device
+from rayllm.sampling_params import SamplingParams
+
+FOREVER = 2**31 - 1
+
+
+class Lanes:
+    """`num_lanes` lanes and one more, the last, which padding rows use; its block table names the spare block."""
+
+    def __init__(self, num_lanes: int, max_model_len: int, block_size: int, num_blocks: int, device: Device):
+        rows = num_lanes + 1
+        self.device = device
+        self.block_size = block_size
+        self.padding = num_lanes
+        self.num_prompt_tokens = np.zeros(rows, np.int64)
+        self.num_tokens = np.zeros(rows, np.int64)
+        self.num_computed_tokens = np.zeros(rows, np.int64)
+        self.num_pruned_tokens = np.zeros(rows, np.int64)
+        """Computed tokens without KV: a token's slot is so much less than its position."""
+        self.logprobs = np.full(rows, -1)
+        """How many to report; -1: none."""
+        self.prompt_logprobs = np.full(rows, -1)
+        self.is_filtered = np.zeros(rows, bool)
+        """top_k, top_p or min_p is used."""
+        self.is_penalized = np.zeros(rows, bool)
+        self.is_biased = np.zeros(rows, bool)
+
+        def on_device(*shape: int, dtype: torch.dtype, fill: float = 0) -> torch.Tensor:
+            return torch.full(shape, fill, dtype=dtype, device=device.torch_device)
+
+        self.token_ids = on_device(rows, max_model_len + 1, dtype=torch.int32)
+        self.block_tables = on_device(rows, -(-max_model_len // block_size), dtype=torch.int32, fill=num_blocks)
+        self.slot_offsets = on_device(rows, dtype=torch.int64)
+        """`num_pruned_tokens`."""
+        self.seeds = on_device(rows, dtype=torch.int64)
+        self.prompt_lens = on_device(rows, dtype=torch.int64)
+        self._floats = on_device(rows, 6, dtype=torch.float32)
+        self.temperature, self.top_p, self.min_p, self.repetition, self.presence, self.frequency = self._floats.T
+        self.top_k = on_device(rows, dtype=torch.int64)
+        self.bias_ids = on_device(rows, 0, dtype=torch.int64)
+        """[rows, most entries of a lane]: logit_bias, and tokens banned for the first `bias_until` outputs."""
+        self.bias_values = on_device(rows, 0, dtype=torch.float32)
+        self.bias_until = on_device(rows, 0, dtype=torch.int64)
+
+    def apply(self, step: StepInput) -> None:
+        """Takes in the sequences and blocks that are new in this step."""
+        if step.starts:
+            self._start(step.starts)
+        if step.new_blocks:
+            pairs = np.array(step.new_blocks, np.int64).reshape(-1, 2)
+            # the block is for the next token to be computed
+            columns = (self.num_computed_tokens - self.num_pruned_tokens)[pairs[:, 0]] // self.block_size
+            update = self.device.put(np.stack((pairs[:, 0], columns, pairs[:, 1])))
+            self.block_tables[update[0], update[1]] = update[2].int()
+
+    def _start(self, starts: list[LaneStart]) -> None:
+        lanes = np.array([start.lane for start in starts])
+        params = [start.params for start in starts]
+        self.num_prompt_tokens[lanes] = [start.num_prompt_tokens for start in starts]
+        token_ids = [np.frombuffer(start.token_ids, np.int32) for start in starts]
+        self.num_tokens[lanes] = [len(row) for row in token_ids]
+        self.num_computed_tokens[lanes] = [start.num_computed_tokens for start in starts]
+        self.num_pruned_tokens[lanes] = 0
+        self.logprobs[lanes] = [-1 if p.logprobs is None else p.logprobs for p in params]
+        self.prompt_logprobs[lanes] = [-1 if s.prompt_logprobs is None else s.prompt_logprobs for s in starts]
+        self.is_filtered[lanes] = [p.top_k > 0 or p.top_p < 1 or p.min_p > 0 for p in params]
+        self.is_penalized[lanes] = [
+            p.repetition_penalty != 1 or p.presence_penalty != 0 or p.frequency_penalty != 0 for p in params
+        ]
+        self.is_biased[lanes] = [bool(p.logit_bias or s.banned_token_ids) for p, s in zip(params, starts, strict=True)]
+
+        put = self.device.put
+        rows = put(lanes)
+        self.slot_offsets[rows] = 0
+        self.seeds[rows] = put(np.array([start.seed for start in starts]))
+        self.prompt_lens[rows] = put(self.num_prompt_tokens[lanes])
+        self.top_k[rows] = put(np.array([max(p.top_k, 0) for p in params]))
+        self._floats[rows] = put(np.array([_floats(p) for p in params], np.float32))
+        self._scatter(self.token_ids, lanes, token_ids)
+        self._scatter(self.block_tables, lanes, [np.array(start.block_table) for start in starts])
+        if self.is_biased[lanes].any() or self.bias_ids.shape[1]:  # lanes may hold those of sequences before
+            self._set_biases(lanes, starts)
+
+    def prune(self, prunes: list[Prune]) -> None:
+        """Leaves lanes, whose prompts are computed, the slots of what was kept."""
+        lanes = np.array([prune.lane for prune in prunes])
+        self.num_pruned_tokens[lanes] = self.num_prompt_tokens[lanes] - [prune.num_kept for prune in prunes]
+        self.slot_offsets[self.device.put(lanes)] = self.device.put(self.num_pruned_tokens[lanes])
+        self._scatter(self.block_tables, lanes, [np.array(prune.block_table) for prune in prunes])
+
+    def _scatter(self, table: torch.Tensor, lanes: np.ndarray, values: list[np.ndarray]) -> None:
+        """Writes each array at the start of its lane's row; rows are as wide as the longest list may be."""
+        lengths = np.array([len(row) for row in values])
+        total = int(lengths.sum())
+        flat = self.device.put(np.concatenate(values).astype(np.int32, copy=False))
+        rows, firsts, counts = self.device.put(np.stack((lanes, lengths.cumsum() - lengths, lengths)))
+        rows, firsts = (x.repeat_interleave(counts, output_size=total) for x in (rows, firsts))
+        table[rows, torch.arange(total, device=table.device) - firsts] = flat
+
+    def _set_biases(self, lanes: np.ndarray, starts: list[LaneStart]) -> None:
+        entries = [
+            [(token_id, value, FOREVER) for token_id, value in (start.params.logit_bias or {}).items()]
+            + [(token_id, -np.inf, start.params.min_tokens) for token_id in start.banned_token_ids]
+            for start in starts
+        ]
+        width = max(len(row) for row in entries)
+        if (missing := width - self.bias_ids.shape[1]) > 0:
+            self.bias_ids, self.bias_values, self.bias_until = (
+                torch.nn.functional.pad(table, (0, missing))
+                for table in (self.bias_ids, self.bias_values, self.bias_until)
+            )
+        padded = np.zeros((len(starts), self.bias_ids.shape[1], 3))
+        for row, triples in zip(padded, entries, strict=True):
+            row[: len(triples)] = np.array(triples).reshape(-1, 3)
+        update, rows = self.device.put(padded), self.device.put(lanes)
+        self.bias_ids[rows] = update[..., 0].long()
+        self.bias_values[rows] = update[..., 1].float()
+        self.bias_until[rows] = update[..., 2].long()
+
+
+def _floats(params: SamplingParams) -> tuple[float, ...]:
+    """In the order of `Lanes.temperature` and those after it."""
+    return (
+        params.temperature,
+        params.top_p,
+        params.min_p,
+        params.repetition_penalty,
+        params.presence_penalty,
+        params.frequency_penalty,
+    )

@@ -1,0 +1,97 @@
+"""FlashAttention-4's kernel, compiled by a process of its own while Ray and an engine's processes start.
+
+Its compilation is seconds of Python, which in a shard would hold up all that is compiled beside it. It is kept on disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import importlib.metadata
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from getpass import getuser
+from pathlib import Path
+
+from rayllm.config import EngineConfig
+from rayllm.model_config import ModelConfig
+
+GPU_DRIVER = Path("/dev/nvidiactl")
+PR_SET_PDEATHSIG = 1
+"""Linux: this process ends with the one that started it."""
+TIMEOUT_S = 60
+IMPOSSIBLE = OSError, KeyError, importlib.metadata.PackageNotFoundError
+"""No place to write to, no user's name, no FlashAttention-4."""
+
+
+def start(config: EngineConfig, model: ModelConfig) -> subprocess.Popen[bytes] | None:
+    """None where it has been done, or cannot be. `config` is resolved, for CUDA. The caller ends the process."""
+    is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""  # as Ray hides GPUs from actors that ask for none
+    if config.dtype == "float32" or is_hidden or not GPU_DRIVER.exists():
+        return None
+    size = config.tensor_parallel_size
+    heads = model.num_attention_heads // size, model.local_kv_heads(size)
+    arguments = [config.dtype, *map(str, (*heads, model.head_dim, config.block_size))]
+    with contextlib.suppress(*IMPOSSIBLE):
+        if not _marker(arguments).exists():
+            command, null = [sys.executable, "-m", "rayllm.runner.precompile", *arguments], subprocess.DEVNULL
+            return subprocess.Popen(command, stdin=null, stdout=null, stderr=null)
+    return None
+
+
+def wait() -> None:
+    """Until no such process is at work on this machine."""
+    if GPU_DRIVER.exists():
+        with contextlib.suppress(*IMPOSSIBLE), _lock(fcntl.LOCK_SH):
+            pass
+
+
+def _folder() -> Path:
+    """Where FlashAttention-4 keeps what it compiles."""
+    default = Path(tempfile.gettempdir(), getuser(), "flash_attention_cute_dsl_cache")
+    folder = Path(os.environ.get("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", default))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _marker(arguments: list[str]) -> Path:
+    """A file that is there when the kernel is, for this Python and these packages."""
+    versions = [importlib.metadata.version(package) for package in ("flash-attn-4", "nvidia-cutlass-dsl")]
+    return _folder() / "-".join((f"rayllm-py{sys.version_info.minor}", *versions, *arguments))
+
+
+@contextlib.contextmanager
+def _lock(kind: int) -> Iterator[None]:
+    with open(_folder() / "rayllm.lock", "a") as file:
+        fcntl.flock(file, kind)
+        yield
+
+
+def main() -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal.alarm(TIMEOUT_S)
+    dtype_name, *sizes = sys.argv[1:]
+    heads, kv_heads, head_dim, block_size = map(int, sizes)
+    with _lock(fcntl.LOCK_EX):
+        if (marker := _marker(sys.argv[1:])).exists():
+            return
+        import torch
+        from rayllm_kernels import prefill_attention, prefill_backend
+
+        dtype = getattr(torch, dtype_name)
+        if prefill_backend(dtype, head_dim) == "flash_attn_4":
+            q = torch.zeros(block_size, heads, head_dim, dtype=dtype, device="cuda")
+            cache = torch.zeros(2, block_size, kv_heads, head_dim, dtype=dtype, device="cuda")
+            table = torch.zeros(1, 1, dtype=torch.int32, device="cuda")
+            ends = torch.tensor([0, block_size], dtype=torch.int32, device="cuda")
+            prefill_attention(q, cache, cache, table, ends, ends[1:], block_size, block_size, scale=1.0)
+            marker.touch()
+
+
+if __name__ == "__main__":
+    main()
