@@ -15,7 +15,6 @@ from typing import Any, Literal, Self, TypeVar
 
 from rayllm.errors import UsageError
 
-
 SINKS = 4
 """First tokens of a prompt, which pruning always keeps (attention sinks, arXiv:2309.17453)."""
 
