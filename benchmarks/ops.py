@@ -19,6 +19,7 @@ from statistics import median
 import torch
 import torch.nn.functional as F
 from rayllm_kernels import (
+    PagedKV,
     compact_kv,
     decode_attention,
     divide_decodes,
@@ -91,7 +92,7 @@ def bench_decode(
     items = divide_decodes(lengths, caches[0][0])  # once a step, not in each layer
 
     def call(k_cache: torch.Tensor, v_cache: torch.Tensor, tables: torch.Tensor) -> Callable[[], object]:
-        return lambda: decode_attention(q, k_cache, v_cache, tables, lengths, SCALE, longest, items)
+        return lambda: decode_attention(q, PagedKV(k_cache, v_cache, tables, lengths, longest), SCALE, items)
 
     time = graph_microseconds([call(*cache) for cache in caches], rounds=max(1, 20 // copies))
     report("decode_attention", f"{case}, block {block_size}", time, tb_per_s=round(kv_bytes / time / 1e6, 3))
@@ -106,7 +107,7 @@ def bench_prefill(sequences: int, query_len: int, context: int) -> None:
     starts = torch.arange(sequences + 1, dtype=torch.int32, device="cuda") * query_len
     kv_lens = torch.full((sequences,), kv_len, dtype=torch.int32, device="cuda")
     cache = paged_cache([kv_len] * sequences, block_size)
-    args = (q, *cache, starts, kv_lens, query_len, kv_len, SCALE)
+    args = (q, PagedKV(*cache, kv_lens, kv_len), starts, query_len, SCALE)
     query, key, value = (x.view(sequences, query_len, -1, HEAD_DIM).transpose(1, 2) for x in (q, k, v))
 
     runs: dict[str, Callable[[], object]] = {"triton": lambda: _prefill_attention_triton(*args)}
@@ -160,8 +161,8 @@ def bench_pruning(kv_len: int, layers: int, heads: int, weights: float) -> None:
 
     def prefill_chunk(end: int) -> float:
         length = torch.tensor([end], dtype=torch.int32, device="cuda")
-        chunk = (queries, k_cache[0], v_cache[0], table[None], starts, length, tokens, end, SCALE)
-        return microseconds(lambda: prefill_attention(*chunk), repeats=3)
+        kv = PagedKV(k_cache[0], v_cache[0], table[None], length, end)
+        return microseconds(lambda: prefill_attention(queries, kv, starts, tokens, SCALE), repeats=3)
 
     # the chunks that are whole: the share comes out a little too large
     attention = sum(prefill_chunk(end) for end in range(tokens, kv_len + 1, tokens))

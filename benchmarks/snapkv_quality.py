@@ -11,12 +11,14 @@ JSON line, and tables on stderr.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import random
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,13 +29,16 @@ from rayllm import LLM, SamplingParams
 from rayllm.checkpoint.sources import ModelSource, resolve_model
 from rayllm.config import EngineConfig
 from rayllm.frontend.tokenizer import Tokenizer
-from rayllm.messages.step import LaneStart, Prune, StepInput, pack_ids
+from rayllm.messages.base import pack_ids
+from rayllm.messages.step import LaneStart, Prune, StepInput
 from rayllm.runner.cuda_graphs import ModelOutput
 from rayllm.runner.device import open_device
-from rayllm.runner.executor import ModelRunner
+from rayllm.runner.executor import Executor
+from rayllm.runner.loading import load_model
 from rayllm.runner.model_input import ModelInput
 from rayllm.runner.parallel import TensorParallel
-from rayllm.scheduling.pruning import PruningPolicy, SnapKV, Streaming
+from rayllm.runner.pruning import SCORES, Pruner
+from rayllm.scheduling.pruning import PruningPolicy, snapkv, streaming
 
 KEPT = {"50 %": 0.5, "25 %": 0.25, "12.5 %": 0.125}
 CONTEXT_LEN = 1850
@@ -102,87 +107,91 @@ def make_prompt(rng: random.Random, tokenizer: Tokenizer, names: tuple[str, ...]
 # ---- rules to compare with
 
 
-class SeedRule(SnapKV):
-    """One selection for all heads: the weights of the last 128 queries, summed over all heads, not pooled."""
-
-    pool_width: ClassVar[int] = 1
-
-    def score(self, q: Tensor, k_cache: Tensor, block_table: Tensor, kv_len: int, scale: float) -> Tensor:
-        causal = torch.ones(self.window, kv_len, dtype=torch.bool).tril(kv_len - self.window)
-        scores = []
-        for queries, cache in zip(q, k_cache, strict=True):
-            keys = cache[block_table].flatten(0, 1)[:kv_len]
-            logits = torch.einsum("whgd,khd->hgwk", queries.unflatten(1, (keys.shape[1], -1)), keys) * scale
-            scores.append(self.reduce(logits.masked_fill(~causal, -torch.inf).softmax(dim=-1)))
-        return torch.stack(scores)
-
-    def reduce(self, weights: Tensor) -> Tensor:
-        """[KV heads, keys] of one layer's weights, [KV heads, query heads of each, window, keys]."""
-        return weights.sum(dim=(0, 1, 2)).expand(len(weights), -1)
+def window_weights(q: Tensor, k_cache: Tensor, block_table: Tensor, kv_len: int, scale: float) -> Tensor:
+    """The weights of the window's queries: [layers, KV heads, query heads of each, window, keys]."""
+    window = q.shape[1]
+    causal = torch.ones(window, kv_len, dtype=torch.bool).tril(kv_len - window)
+    weights = []
+    for queries, cache in zip(q, k_cache, strict=True):
+        keys = cache[block_table].flatten(0, 1)[:kv_len]
+        logits = torch.einsum("whgd,khd->hgwk", queries.unflatten(1, (keys.shape[1], -1)), keys) * scale
+        weights.append(logits.masked_fill(~causal, -torch.inf).softmax(dim=-1))
+    return torch.stack(weights)
 
 
-class KvpressRule(SeedRule):
+def seed_scores(*window: Any) -> Tensor:
+    """One selection for all heads: the weights of all queries, summed over all heads, not pooled."""
+    weights = window_weights(*window)
+    return weights.sum(dim=(1, 2, 3)).unsqueeze(1).expand(-1, weights.shape[1], -1)
+
+
+def kvpress_scores(q: Tensor, *window: Any) -> Tensor:
     """SnapKV as kvpress has it by default: average-pooled, the mean of the query heads of a group."""
+    size = q.shape[1]
+    means = window_weights(q, *window)[..., :-size].mean(dim=3)
+    pooled = F.avg_pool1d(means.flatten(0, 1), kernel_size=5, padding=2, stride=1).view(means.shape).mean(dim=2)
+    return F.pad(pooled, (0, size), value=1.0)
 
-    def reduce(self, weights: Tensor) -> Tensor:
-        scores = weights[..., : -self.window].mean(dim=2)
-        pooled = F.avg_pool1d(scores, kernel_size=5, padding=2, stride=1).mean(dim=1)
-        return F.pad(pooled, (0, self.window), value=1.0)
 
-
+SCORES.update({"seed": seed_scores, "kvpress": kvpress_scores})
 RULES: dict[str, PruningPolicy | None] = {
     "full cache": None,
-    "snapkv": SnapKV(limit=0, block_size=1, window=32),
-    "streaming": Streaming(limit=0, block_size=1),
-    "seed": SeedRule(limit=0, block_size=1, window=128),
-    "kvpress": KvpressRule(limit=0, block_size=1, window=64),
+    "snapkv": snapkv(limit=0, block_size=1, window=32),
+    "streaming": streaming(limit=0, block_size=1),
+    "seed": PruningPolicy("seed", limit=0, block_size=1, window=128, pool_width=1),
+    "kvpress": PruningPolicy("kvpress", limit=0, block_size=1, window=64, pool_width=1),
 }
 
 # ---- in this process
 
 
-class Runner(ModelRunner):
-    """A shard's runner with one sequence at a time, whose logits can be seen."""
+class Runner(Executor):
+    """A shard's executor with one sequence at a time, whose logits can be seen."""
 
     def __init__(self, model: str, source: ModelSource):
         config = EngineConfig(model=model, **ENGINE).resolved(
             device="cpu", model_dtype=source.config.dtype, model_max_len=source.config.max_position_embeddings
         )
-        super().__init__(config, source, TensorParallel(), open_device("cpu", [], 1))
-        self.load()
-        self.num_blocks = config.max_model_len // config.block_size  # type: ignore[operator]
-        self.allocate(2 * self.num_blocks)
+        self.num_blocks = config.max_model_len // config.block_size
+        loaded = load_model(config, source, TensorParallel(), open_device("cpu", [], 1))
+        super().__init__(loaded, [2 * self.num_blocks])
 
-    def _forward(self, inputs: ModelInput, logits_out: Tensor | None = None) -> ModelOutput:
-        output = super()._forward(inputs, logits_out)
+    def forward(self, inputs: ModelInput, logits_out: Tensor | None = None) -> ModelOutput:
+        output = super().forward(inputs, logits_out)
         self.hidden = output.hidden
         return output
 
-    def run(self, num_tokens: int, starts: list[LaneStart], prunes: list[Prune]) -> None:
-        self.execute(StepInput(0, 0, starts, [], [], [0, num_tokens], prunes)).wait()
+    def run(
+        self, position: int, slot: int, num_tokens: int, starts: Sequence[LaneStart] = (), prunes: Sequence[Prune] = ()
+    ) -> None:
+        rows = pack_ids([0, position, num_tokens, 0, slot, slot + num_tokens])  # nothing is sampled
+        self.execute(StepInput(0, 0, list(starts), [], rows, 0, list(prunes))).wait()
 
-    def start(self, token_ids: list[int], num_prompt_tokens: int, num_computed: int) -> list[LaneStart]:
+    def start(self, token_ids: list[int], num_prompt_tokens: int) -> list[LaneStart]:
         table, params = list(range(self.num_blocks)), SamplingParams(temperature=0)
-        return [LaneStart(0, pack_ids(token_ids), num_prompt_tokens, num_computed, table, params, 0, [], None)]
+        return [LaneStart(0, pack_ids(token_ids), num_prompt_tokens, [table], params, 0, [], None)]
 
     def prefill(self, token_ids: list[int]) -> None:
-        starts = self.start(token_ids, len(token_ids), 0)
+        starts = self.start(token_ids, len(token_ids))
         for first in range(0, len(token_ids), CHUNK):
-            self.run(min(CHUNK, len(token_ids) - first), starts if not first else [], [])
+            self.run(first, first, min(CHUNK, len(token_ids) - first), starts if not first else [])
 
     @torch.inference_mode()
     def answer(self, token_ids: list[int], prompt_len: int, kept: int, policy: PruningPolicy | None) -> Tensor:
         """Log-probabilities over the vocabulary for each of the last five tokens, over what `policy` keeps of the
         first `prompt_len`, which are in the cache: [5, V]."""
-        self.policy = policy
+        prunes, last, slot = [], 1, prompt_len
         if policy is not None:
-            self.windows = self.windows.new_empty(*self.windows.shape[:2], policy.window, *self.windows.shape[3:])
-        last = max(policy.window, 1) if policy else 1
-        table = list(range(self.num_blocks, 2 * self.num_blocks))
-        prunes = [Prune(0, kept, table)] if policy else []
-        self.run(last, self.start(token_ids, prompt_len, prompt_len - last), prunes)
-        self.run(len(token_ids) - prompt_len, [], [])
-        logits = self.model.compute_logits(self.hidden[-6:-1])[:, : self.source.config.vocab_size]
+            [group] = self.groups
+            shape = *group.windows.shape[:2], policy.window, *group.windows.shape[3:]
+            self.groups = [dataclasses.replace(group, windows=group.windows.new_empty(shape))]
+            self.pruner = Pruner(policy, self.groups, self.lanes)
+            prunes = [Prune(0, kept, [list(range(self.num_blocks, 2 * self.num_blocks))])]
+            last, slot = max(policy.window, 1), kept
+        first = prompt_len - last
+        self.run(first, first, last, self.start(token_ids, prompt_len), prunes)
+        self.run(prompt_len, slot, len(token_ids) - prompt_len)
+        logits = self.model.decoder.compute_logits(self.hidden[-6:-1])[:, : self.model.model_config.vocab_size]
         return logits.double().log_softmax(dim=-1)
 
 

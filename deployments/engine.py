@@ -22,7 +22,8 @@ from rayllm.engine.driver import EngineStats
 from rayllm.engine.engine import Engine
 from rayllm.errors import EngineDeadError, QueueFullError, UsageError
 from rayllm.frontend.client import Client
-from rayllm.messages.step import BYTES_OF_ID, NewSequence
+from rayllm.messages.base import BYTES_PER_ID
+from rayllm.messages.sequences import NewSequence
 from rayllm.messages.transport import Address
 from rayllm.progress import Progress
 from rayllm.sampling_params import SamplingParams
@@ -108,7 +109,7 @@ class EngineReplica:
 
     async def answer(self, client: Address, sequence: NewSequence) -> Refusal | None:
         """Lasts until the sequence, whose tokens go to `client`, has ended; cancelled, it aborts it."""
-        num_tokens = len(sequence.token_ids) // BYTES_OF_ID
+        num_tokens = len(sequence.token_ids) // BYTES_PER_ID
         waiting = self._num_sequences - self.model.max_num_seqs
         if waiting >= self.model.max_queued_requests:
             return Refusal(f"{waiting} requests are waiting already", is_full=True)

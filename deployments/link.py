@@ -13,7 +13,7 @@ from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from deployments.engine import EngineStatus, Refusal
-from rayllm.messages.step import NewSequence
+from rayllm.messages.sequences import NewSequence
 from rayllm.messages.transport import Address
 
 PROBE_PERIOD_S = 0.5

@@ -12,7 +12,8 @@ from collections.abc import Collection, Iterable, Sequence
 import xxhash
 from ray.serve.request_router import FIFOMixin, PendingRequest, RequestRouter, RunningReplica
 
-from rayllm.messages.step import BYTES_OF_ID, NewSequence
+from rayllm.messages.base import BYTES_PER_ID
+from rayllm.messages.sequences import NewSequence
 from rayllm.scheduling.block_manager import block_hash, root_hash
 
 logger = logging.getLogger("ray.serve")
@@ -91,7 +92,7 @@ def _home(key: bytes, engines: Iterable[str]) -> str:
 
 def hashes_of(sequence: NewSequence, block_size: int) -> list[bytes]:
     """Those of the sequence's first full blocks, as the engine computes them."""
-    size = block_size * BYTES_OF_ID
+    size = block_size * BYTES_PER_ID
     hashes = [root_hash(sequence.cache_salt)]
     for start in range(0, min(len(sequence.token_ids) // size, MAX_BLOCKS) * size, size):
         hashes.append(block_hash(hashes[-1], sequence.token_ids[start : start + size]))

@@ -3,16 +3,19 @@ FlashAttention-4, where it is installed), plain torch elsewhere. `<op>_reference
 
 from rayllm_kernels._triton import compiling
 from rayllm_kernels.activation import silu_and_mul
-from rayllm_kernels.decode_attention import decode_attention, divide_decodes
+from rayllm_kernels.decode_attention import DecodeItems, decode_attention, divide_decodes
 from rayllm_kernels.filtering import filter_logits
 from rayllm_kernels.linear import linear, pack_weight
 from rayllm_kernels.norm import rms_norm
+from rayllm_kernels.paged_kv import PagedKV
 from rayllm_kernels.prefill_attention import prefill_attention, prefill_backend
 from rayllm_kernels.pruning import compact_kv, select_kept, window_scores
 from rayllm_kernels.rope import Rope, rope_and_store
 from rayllm_kernels.sampling import gumbel_noise, sample_gumbel
 
 __all__ = [
+    "DecodeItems",
+    "PagedKV",
     "Rope",
     "compact_kv",
     "compiling",

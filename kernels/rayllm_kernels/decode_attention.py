@@ -9,22 +9,20 @@ import torch
 import torch.nn.functional as F
 
 from rayllm_kernels._triton import dependent_launch, gdc_launch_dependents, gdc_wait, jit, tl, triton
+from rayllm_kernels.paged_kv import PagedKV
 
 _LOG2_E = 1.4426950408889634  # the kernels use powers of two, which the GPU computes directly
 
 
 def decode_attention_reference(
     q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    block_tables: torch.Tensor,
-    kv_lens: torch.Tensor,
+    kv: PagedKV,
     scale: float,
-    max_kv_len: int,
     items: DecodeItems | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `decode_attention`. Gathers each sequence's keys, padded to `max_kv_len`, for torch's SDPA."""
+    k_cache, v_cache, block_tables, kv_lens, max_kv_len = kv
     batch, num_heads, head_dim = q.shape
     _, block_size, num_kv_heads, _ = k_cache.shape
     # The query heads of a KV group are rows of one attention problem.
@@ -257,15 +255,12 @@ def _divide_triton(kv_lens: torch.Tensor, plan: _Plan, kv_heads: int) -> DecodeI
 
 def _decode_attention_triton(
     q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    block_tables: torch.Tensor,
-    kv_lens: torch.Tensor,
+    kv: PagedKV,
     scale: float,
-    max_kv_len: int,
     items: DecodeItems | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
+    k_cache, v_cache, block_tables, kv_lens, _ = kv
     batch, heads, head_dim = q.shape
     block_size, kv_heads = k_cache.shape[1:3]
     if out is None:
@@ -319,26 +314,20 @@ def divide_decodes(kv_lens: torch.Tensor, k_cache: torch.Tensor) -> DecodeItems 
 
 def decode_attention(
     q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    block_tables: torch.Tensor,
-    kv_lens: torch.Tensor,
+    kv: PagedKV,
     scale: float,
-    max_kv_len: int,
     items: DecodeItems | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """softmax(q · Kᵀ · scale) · V over each sequence's cached keys; the newest token's are already stored.
+    """softmax(q · Kᵀ · scale) · V over each sequence's cached keys, one query each.
 
-    q: [B, Hq, D], contiguous along D. k_cache, v_cache: [num_blocks, block_size, Hkv, D], contiguous.
-    block_tables: [B, max_blocks] int32, anything past a sequence's end. kv_lens: [B] int32. max_kv_len: an upper
-    bound of `kv_lens` known to the host, at most max_blocks · block_size; CUDA needs none. items: from
-    `divide_decodes`, by default made here. Returns [B, Hq, D] in q's dtype, in `out` if that is given, contiguous; a
-    sequence without keys leaves its row there as it was.
+    q: [B, Hq, D], contiguous along D. CUDA does not need `kv.max_kv_len`. items: from `divide_decodes`, by default made
+    here. Returns [B, Hq, D] in q's dtype, in `out` if that is given, contiguous; a sequence without keys leaves its row
+    there as it was.
 
     On CUDA the launch depends on nothing but the arguments' shapes, so that a graph can capture it: FlashDecoding
     (pytorch.org/blog/flash-decoding), with splits of one size for all sequences, and the last of a sequence's splits
     to end combines them.
     """
     op = _decode_attention_triton if q.is_cuda else decode_attention_reference
-    return op(q, k_cache, v_cache, block_tables, kv_lens, scale, max_kv_len, items, out)
+    return op(q, kv, scale, items, out)

@@ -10,22 +10,16 @@ import torch
 import torch.nn.functional as F
 
 from rayllm_kernels._triton import jit, tl, triton
+from rayllm_kernels.paged_kv import PagedKV
 
 _LOG2_E = 1.4426950408889634  # the kernel uses powers of two, which the GPU computes directly
 
 
 def prefill_attention_reference(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    block_tables: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    kv_lens: torch.Tensor,
-    max_seqlen_q: int,
-    max_kv_len: int,
-    scale: float,
+    q: torch.Tensor, kv: PagedKV, cu_seqlens_q: torch.Tensor, max_seqlen_q: int, scale: float
 ) -> torch.Tensor:
     """See `prefill_attention`. One call of torch's SDPA per sequence."""
+    k_cache, v_cache, block_tables, kv_lens, _ = kv
     block_size = k_cache.shape[1]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     starts = cu_seqlens_q.tolist()
@@ -157,16 +151,9 @@ def _prefill_kernel(
 
 
 def _prefill_attention_triton(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    block_tables: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    kv_lens: torch.Tensor,
-    max_seqlen_q: int,
-    max_kv_len: int,
-    scale: float,
+    q: torch.Tensor, kv: PagedKV, cu_seqlens_q: torch.Tensor, max_seqlen_q: int, scale: float
 ) -> torch.Tensor:
+    k_cache, v_cache, block_tables, kv_lens, _ = kv
     tokens, heads, head_dim = q.shape
     block_size, kv_heads = k_cache.shape[1:3]
     out = torch.empty(tokens, heads, head_dim, dtype=q.dtype, device=q.device)
@@ -227,27 +214,19 @@ def _flash_attn_4_refusal(dtype: torch.dtype, head_dim: int) -> str | None:
 
 
 def _prefill_attention_flash(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    block_tables: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    kv_lens: torch.Tensor,
-    max_seqlen_q: int,
-    max_kv_len: int,
-    scale: float,
+    q: torch.Tensor, kv: PagedKV, cu_seqlens_q: torch.Tensor, max_seqlen_q: int, scale: float
 ) -> torch.Tensor:
     from flash_attn.cute import flash_attn_varlen_func
 
     out, _ = flash_attn_varlen_func(
         q,
-        k_cache,
-        v_cache,
+        kv.k_cache,
+        kv.v_cache,
         cu_seqlens_q=cu_seqlens_q,
-        seqused_k=kv_lens,
-        page_table=block_tables,
+        seqused_k=kv.kv_lens,
+        page_table=kv.block_tables,
         max_seqlen_q=max(max_seqlen_q, _FLASH_MIN_SEQLEN),
-        max_seqlen_k=max_kv_len,
+        max_seqlen_k=kv.max_kv_len,
         softmax_scale=scale,
         causal=True,
     )
@@ -263,25 +242,15 @@ def prefill_backend(dtype: torch.dtype, head_dim: int = 128) -> str:
 
 
 def prefill_attention(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    block_tables: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    kv_lens: torch.Tensor,
-    max_seqlen_q: int,
-    max_kv_len: int,
-    scale: float,
+    q: torch.Tensor, kv: PagedKV, cu_seqlens_q: torch.Tensor, max_seqlen_q: int, scale: float
 ) -> torch.Tensor:
     """Attention of P chunks, one after the other: query i of chunk p sees its sequence's keys
-    0 … kv_lens[p] − qlen_p + i. The chunks' own keys are already stored in the cache.
+    0 … kv_lens[p] − qlen_p + i.
 
-    q: [T, Hq, D], contiguous along D. k_cache, v_cache: [num_blocks, block_size, Hkv, D], contiguous; unused slots
-    must be finite (zeros will do: FlashAttention-4 multiplies them by a weight of 0). block_tables: [P, max_blocks]
-    int32, anything past a sequence's end. cu_seqlens_q: [P + 1] int32, where each chunk starts, and where the last
-    ends. kv_lens: [P] int32, keys of each sequence including its chunk. max_seqlen_q, max_kv_len: upper bounds,
-    known to the host, of the chunks' lengths and of `kv_lens`.
-    Returns [T, Hq, D] in q's dtype; rows before the first chunk and after the last are left undefined.
+    q: [T, Hq, D], contiguous along D. kv: of the P sequences; unused slots of its caches must be finite (zeros will do:
+    FlashAttention-4 multiplies them by a weight of 0). cu_seqlens_q: [P + 1] int32, where each chunk starts, and where
+    the last ends. max_seqlen_q: an upper bound of the chunks' lengths, known to the host. Returns [T, Hq, D] in q's
+    dtype; rows before the first chunk and after the last are left undefined.
 
     On CUDA the launch depends on shapes and host numbers alone, so that a graph can capture it.
     """
@@ -291,4 +260,4 @@ def prefill_attention(
         op = _prefill_attention_flash
     else:
         op = _prefill_attention_triton
-    return op(q, k_cache, v_cache, block_tables, cu_seqlens_q, kv_lens, max_seqlen_q, max_kv_len, scale)
+    return op(q, kv, cu_seqlens_q, max_seqlen_q, scale)

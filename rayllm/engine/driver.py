@@ -22,7 +22,8 @@ from rayllm.checkpoint.sources import ModelSource
 from rayllm.config import EngineConfig
 from rayllm.engine.shard import Shard, ShardStats
 from rayllm.errors import EngineDeadError
-from rayllm.messages.step import (
+from rayllm.messages.base import Stop
+from rayllm.messages.sequences import (
     Abort,
     AddClient,
     AddSequence,
@@ -32,12 +33,9 @@ from rayllm.messages.step import (
     EngineDied,
     NewSequence,
     SequenceUpdate,
-    ShardFailed,
-    StepOutput,
-    StepTimes,
-    Stop,
     Updates,
 )
+from rayllm.messages.step import ShardFailed, StepOutput, StepTimes
 from rayllm.messages.transport import Address, Receiver, Sender, local_host
 from rayllm.progress import Progress
 from rayllm.scheduling.pruning import make_policy
@@ -135,7 +133,8 @@ class Driver:
         self._owner = Sender(owner.seen_from(own_node))
 
         store = ray.get(self._shards[0].open_store.remote()) if len(self._shards) > 1 else None
-        num_blocks = min(ray.get([shard.load.remote(store) for shard in self._shards]))
+        rooms = ray.get([shard.load.remote(store) for shard in self._shards])
+        num_blocks = [min(room) for room in zip(*rooms, strict=True)]
         assert config.max_model_len is not None and config.max_num_batched_tokens is not None
         self.scheduler = Scheduler(
             num_blocks=num_blocks,
@@ -157,7 +156,7 @@ class Driver:
         self._senders = [Sender(inbox.seen_from(own_node)) for inbox, _ in ready]
         self._shard_runs = [shard.run.remote(address) for shard in self._shards]
         threading.Thread(target=self._watch, daemon=True).start()
-        return EngineInfo(address, num_blocks, prefill_backend=ready[0][1])
+        return EngineInfo(address, sum(num_blocks), prefill_backend=ready[0][1])
 
     @ray.method(concurrency_group="control")
     def progress(self) -> Progress:
@@ -182,7 +181,7 @@ class Driver:
             num_in_flight=len(scheduler.in_flight),
             num_running=len(scheduler.running),
             num_waiting=len(scheduler.waiting),
-            num_free_blocks=scheduler.blocks.num_free_blocks,
+            num_free_blocks=scheduler.num_free_blocks,
             num_preemptions=scheduler.num_preemptions,
             num_pruned_tokens=scheduler.num_pruned_tokens,
             num_pruned_blocks=scheduler.num_pruned_blocks,
@@ -247,16 +246,16 @@ class Driver:
                     self._publish(self.scheduler.update(message))
             case AddSequence():
                 self._num_sequences += 1
-                self.scheduler.add(self._sequence(message.client, message.new))
+                self.scheduler.add(self._sequence(message.client_id, message.new))
             case Abort():
-                for sequence in message.sequences:
-                    self.scheduler.abort(message.client, sequence)
+                for sequence_id in message.sequence_ids:
+                    self.scheduler.abort(message.client_id, sequence_id)
             case AddClient():
-                self._clients[message.client] = Sender(message.address)
-                self._inbox.watch(self._clients[message.client], ClientGone(message.client))
+                self._clients[message.client_id] = Sender(message.address)
+                self._inbox.watch(self._clients[message.client_id], ClientGone(message.client_id))
             case ClientGone():
-                del self._clients[message.client]
-                self.scheduler.abort_all(message.client)
+                del self._clients[message.client_id]
+                self.scheduler.abort_all(message.client_id)
                 self._owner.send(message)
             case ShardFailed():
                 raise EngineDeadError(message.reason)
@@ -264,14 +263,14 @@ class Driver:
                 return False
         return True
 
-    def _sequence(self, client: int, new: NewSequence) -> Sequence:
+    def _sequence(self, client_id: int, new: NewSequence) -> Sequence:
         assert self.config.max_model_len is not None
         params = new.params
         room = self.config.max_model_len - new.num_prompt_tokens
         eos_token_ids = () if params.ignore_eos else self.source.config.eos_token_ids
         return Sequence(
-            client=client,
-            sequence=new.sequence,
+            client_id=client_id,
+            sequence_id=new.sequence_id,
             token_ids=array("i", new.token_ids),
             num_prompt_tokens=new.num_prompt_tokens,
             params=params,
@@ -284,12 +283,12 @@ class Driver:
     def _publish(self, updates: list[tuple[int, SequenceUpdate]]) -> None:
         """One message for each client that a step moved, and one for the owner if sequences ended."""
         by_client = defaultdict(list)
-        for client, update in updates:
-            by_client[client].append(update)
-        for client, own in by_client.items():
+        for client_id, update in updates:
+            by_client[client_id].append(update)
+        for client_id, own in by_client.items():
             with contextlib.suppress(zmq.Again):  # far behind: it has stopped, and is about to be gone
-                self._clients[client].send(Updates(self.incarnation, own))
-        if ended := [(client, update.sequence) for client, update in updates if update.finish_reason]:
+                self._clients[client_id].send(Updates(self.incarnation, own))
+        if ended := [(client_id, update.sequence_id) for client_id, update in updates if update.finish_reason]:
             self._owner.send(Ended(ended))
 
     def _watch(self) -> None:

@@ -21,7 +21,16 @@ from rayllm.engine import placement
 from rayllm.engine.driver import Driver, EngineInfo, EngineStats
 from rayllm.engine.shard import ShardStats
 from rayllm.errors import EngineDeadError, UsageError
-from rayllm.messages.step import Abort, AddClient, AddSequence, ClientGone, Ended, EngineDied, NewSequence, OwnerMessage
+from rayllm.messages.sequences import (
+    Abort,
+    AddClient,
+    AddSequence,
+    ClientGone,
+    Ended,
+    EngineDied,
+    NewSequence,
+    OwnerMessage,
+)
 from rayllm.messages.transport import Address, Receiver, Sender, local_host, remove_abandoned
 from rayllm.progress import Progress, ProgressBar
 from rayllm.runner import precompile
@@ -188,14 +197,14 @@ class Engine:
             number = self._clients[client] = self._num_clients
             self._num_clients += 1
             self._to_driver.send(AddClient(number, client.seen_from(self.info.address.node_id)))
-        key = number, sequence.sequence
+        key = number, sequence.sequence_id
         ended = self._pending[key] = loop.create_future()
         self._to_driver.send(AddSequence(number, sequence))
         try:
             await ended
         finally:
             if self._pending.pop(key, None) is not None and self._death is None:
-                self._to_driver.send(Abort(number, [sequence.sequence]))
+                self._to_driver.send(Abort(number, [sequence.sequence_id]))
 
     async def recover(self) -> bool:
         """Starts driver and shards again where they were, unless that has been done, or was done too often."""
@@ -264,8 +273,8 @@ class Engine:
                     for key in message.sequences:
                         self._end(key)
                 case ClientGone():
-                    self._clients = {a: number for a, number in self._clients.items() if number != message.client}
-                    for key in [key for key in self._pending if key[0] == message.client]:
+                    self._clients = {a: number for a, number in self._clients.items() if number != message.client_id}
+                    for key in [key for key in self._pending if key[0] == message.client_id]:
                         self._end(key, "the connection to the client has broken")
                 case EngineDied():
                     self._fail(message.reason)

@@ -17,12 +17,13 @@ import ray
 
 from rayllm.checkpoint.sources import ModelSource
 from rayllm.config import EngineConfig
-from rayllm.messages.step import ShardFailed, StepInput, Stop
+from rayllm.messages.base import Stop
+from rayllm.messages.step import ShardFailed, StepInput
 from rayllm.messages.transport import Address, Receiver, Sender, local_host
 from rayllm.progress import Progress, Tracker
 
 if TYPE_CHECKING:
-    from rayllm.runner.executor import PendingOutput
+    from rayllm.runner.output import PendingOutput
 
 logger = logging.getLogger("rayllm")
 
@@ -45,7 +46,6 @@ class Shard:
         self.source = source
         self.rank = rank
         self.incarnation = incarnation
-        self.bytes_read = 0
         self._tracker = Tracker()
 
     def place(self) -> tuple[str, str]:
@@ -60,12 +60,12 @@ class Shard:
         self._store = parallel.open_store(local_host(), self.config.tensor_parallel_size)
         return self._store.host, self._store.port
 
-    def load(self, store: tuple[str, int] | None) -> int:
-        """Joins the other ranks, loads the weights; returns how many KV cache blocks there is room for."""
+    def load(self, store: tuple[str, int] | None) -> list[int]:
+        """Joins the other ranks, loads the weights; returns how many blocks of each KV group there is room for."""
         self._tracker.stage("importing torch")
-        from rayllm.runner import parallel
+        from rayllm.runner import parallel, warm_up
         from rayllm.runner.device import DTYPES, open_device
-        from rayllm.runner.executor import ModelRunner
+        from rayllm.runner.loading import load_model
 
         config = self.config
         gpu_ids = [str(gpu) for gpu in ray.get_gpu_ids()]
@@ -78,23 +78,24 @@ class Shard:
         node_id = ray.get_runtime_context().get_node_id()
         shared = numbers, DTYPES[config.dtype]
         tp = parallel.join(self.rank, config.tensor_parallel_size, store, self.device, node_id, shared)
-        self.runner = ModelRunner(config, source, tp, self.device)
-        self.bytes_read = self.runner.load(self._tracker.track)
+        warm_up.import_attention(self.device, config, source.config)
+        self.model = load_model(config, source, tp, self.device, self._tracker.track)
         self._tracker.stage("compiling kernels")
-        self.runner.compile()
+        warm_up.compile_kernels(self.model)
         self._tracker.stage("measuring memory")
-        return self.runner.count_blocks()
+        return warm_up.count_blocks(self.model)
 
-    def start(self, num_blocks: int, host: str | None) -> tuple[Address, str]:
+    def start(self, num_blocks: list[int], host: str | None) -> tuple[Address, str]:
         """Makes the KV cache and captures graphs; returns the address that steps are to be sent to, and what prefill
         attention runs on, with the reason if that is not the fastest there is.
 
         `host` None: the driver is on this node.
         """
-        self.runner.allocate(num_blocks)
-        self.runner.capture(self._tracker.track)
+        from rayllm.runner.executor import Executor
+
+        self.executor = Executor(self.model, num_blocks, capture=True, track=self._tracker.track)
         self._inbox: Receiver[StepInput | Stop] = Receiver(StepInput | Stop, host)
-        return self._inbox.address(ray.get_runtime_context().get_node_id()), self.runner.prefill_backend()
+        return self._inbox.address(ray.get_runtime_context().get_node_id()), self.model.prefill_backend()
 
     @ray.method(concurrency_group="control")
     def progress(self) -> Progress:
@@ -102,7 +103,7 @@ class Shard:
 
     @ray.method(concurrency_group="control")
     def stats(self) -> ShardStats:
-        return ShardStats(os.getpid(), self.bytes_read, self.device.peak_memory())
+        return ShardStats(os.getpid(), self.model.bytes_read, self.device.peak_memory())
 
     def run(self, driver: Address) -> None:
         """Executes steps until told to stop. Rank 0 answers on a thread of its own, so that the next step is launched
@@ -118,7 +119,7 @@ class Shard:
                     if isinstance(message, Stop):
                         return
                     if message.incarnation == self.incarnation:
-                        pending = self.runner.execute(message)
+                        pending = self.executor.execute(message)
                         if self.rank == 0:
                             answers.put(pending)
         except Exception as error:

@@ -17,7 +17,8 @@ from rayllm.config import EngineConfig
 from rayllm.errors import EngineDeadError, UsageError
 from rayllm.frontend.output import Choice, Increment
 from rayllm.frontend.tokenizer import Tokenizer
-from rayllm.messages.step import NewSequence, Updates, pack_ids
+from rayllm.messages.base import pack_ids
+from rayllm.messages.sequences import NewSequence, Updates
 from rayllm.messages.transport import Address, Receiver
 from rayllm.model_config import ModelConfig
 from rayllm.sampling_params import SamplingParams
@@ -54,7 +55,7 @@ class Stream:
     choice: Choice
     changed: asyncio.Event
     """Set when there is something new of this choice, or of another of the same request."""
-    sequence: int
+    sequence_id: int
     call: asyncio.Future[None]
     """Of `Link.answer`."""
     num_tokens: int
@@ -87,9 +88,9 @@ class Client:
         self._inbox: Receiver[Updates] = Receiver(Updates, host)
         self._address = self._inbox.address(ray.get_runtime_context().get_node_id())
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._next_sequence = 0
+        self._next_sequence_id = 0
         self._streams: dict[int, Stream] = {}
-        """By sequence."""
+        """Those that are being answered, by sequence_id."""
         self._news: dict[int, Stream] = {}
         """Those whose readers are to be told of new tokens, the longest waiting first."""
         self._has_news = asyncio.Event()
@@ -206,10 +207,10 @@ class Client:
         ]
 
     def _start(self, choice: Choice, changed: asyncio.Event, cache_salt: str | None, num_deaths: int = 0) -> Stream:
-        sequence = self._next_sequence
-        self._next_sequence += 1
+        sequence_id = self._next_sequence_id
+        self._next_sequence_id += 1
         message = NewSequence(
-            sequence=sequence,
+            sequence_id=sequence_id,
             token_ids=pack_ids(choice.prompt_token_ids) + pack_ids(choice.token_ids),
             num_prompt_tokens=len(choice.prompt_token_ids),
             params=choice.params,
@@ -218,14 +219,14 @@ class Client:
         )
         call = asyncio.ensure_future(self._link.answer(self._address, message))
         call.add_done_callback(lambda call: changed.set() if call.cancelled() or call.exception() else None)
-        stream = Stream(choice, changed, sequence, call, len(choice.token_ids), num_deaths)
-        self._streams[sequence] = stream
+        stream = Stream(choice, changed, sequence_id, call, len(choice.token_ids), num_deaths)
+        self._streams[sequence_id] = stream
         return stream
 
     def _stop(self, stream: Stream) -> None:
         stream.call.cancel()  # nothing if it has ended
-        del self._streams[stream.sequence]
-        self._news.pop(stream.sequence, None)
+        del self._streams[stream.sequence_id]
+        self._news.pop(stream.sequence_id, None)
 
     def _attach(self) -> None:
         """Ties this object to the running event loop, on first use."""
@@ -239,12 +240,12 @@ class Client:
     def _receive(self) -> None:
         for message in self._inbox.receive(timeout_s=0):
             for update in message.updates:
-                if (stream := self._streams.get(update.sequence)) is None:
+                if (stream := self._streams.get(update.sequence_id)) is None:
                     continue
                 if not stream.choice.token_ids:
                     stream.changed.set()  # a first token does not wait
                 else:
-                    self._news[update.sequence] = stream
+                    self._news[update.sequence_id] = stream
                 stream.choice.add(update)
         if self._news:
             self._has_news.set()
@@ -255,8 +256,8 @@ class Client:
         loop = asyncio.get_running_loop()
         while await self._has_news.wait():
             began = loop.time()
-            for sequence in tuple(itertools.islice(self._news, READERS_AT_ONCE)):
-                self._news.pop(sequence).changed.set()
+            for sequence_id in tuple(itertools.islice(self._news, READERS_AT_ONCE)):
+                self._news.pop(sequence_id).changed.set()
             if not self._news:
                 self._has_news.clear()
             for _ in range(TURNS):

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from rayllm.frontend.tokenizer import Detokenizer, Tokenizer
-from rayllm.messages.step import Logprobs, SequenceUpdate
+from rayllm.messages.sequences import SequenceUpdate
+from rayllm.messages.step import Logprobs
 from rayllm.sampling_params import SamplingParams
 
 

@@ -1,33 +1,25 @@
-"""What crosses between processes: plain data, encoded by msgspec.
+"""A step: all that passes between a driver and its shards, as plain data.
 
-`StepInput` and `StepOutput` are all that passes between driver and shards; the rest passes between the driver, its
-owner (the process that started the engine and admits requests) and its clients (those that get the tokens). What
-answers a step carries the engine's incarnation, so that one from before a restart is recognised. A *lane* is the
-index of a running sequence's state on the shards, 0 ≤ lane < max_num_seqs.
+A step is self-contained. Its rows say which tokens are computed and where their keys and values go, so that shards keep
+what a sequence is (tokens, block tables, sampling parameters) and no count of what was computed. Both carry the
+engine's incarnation, so that an answer from before a restart is recognised. A *lane* is the index of a running
+sequence's state on the shards, 0 ≤ lane < max_num_seqs.
 """
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Iterable
-
 import msgspec
 from msgspec.structs import astuple
 
+from rayllm.messages.base import Message
 from rayllm.sampling_params import SamplingParams
 
-BYTES_OF_ID = 4
-
-
-def pack_ids(token_ids: Iterable[int]) -> bytes:
-    """Token ids as int32 in native order, `array("i", …)` again at the other end: thousands of them cross at once, and
-    lists decode a hundred times slower."""
-    return array("i", token_ids).tobytes()
-
-
-class Message(msgspec.Struct, frozen=True, array_like=True, tag=True, gc=False):
-    """Base of all messages; the tag tells them apart in one inbox."""
-
+ROW_FIELDS = ("lane", "position", "num_tokens", "num_samples")
+"""The int32 numbers with which a row begins: its lane, the position of its first token, how many tokens it has, and
+from how many of them, the last ones, the next token is sampled."""
+GROUP_FIELDS = ("first_slot", "kv_len")
+"""The numbers that follow for each KV group: the slot of the row's first token, counted through the lane's block table,
+and how many slots its last token attends to, its own among them."""
 
 # driver → shards
 
@@ -37,49 +29,57 @@ class LaneStart(msgspec.Struct, frozen=True, array_like=True):
 
     lane: int
     token_ids: bytes
-    """Of `pack_ids`."""
+    """The known tokens, packed by `pack_ids`."""
     num_prompt_tokens: int
-    num_computed_tokens: int
-    block_table: list[int]
+    block_tables: list[list[int]]
+    """The blocks of each KV group."""
     params: SamplingParams
     seed: int
     banned_token_ids: list[int]
-    """Not to be sampled before `params.min_tokens` output tokens."""
+    """Tokens that are not sampled before `params.min_tokens` output tokens."""
     prompt_logprobs: int | None
     """How many to report for each prompt token of this prefill; None: none."""
 
 
-class Prune(msgspec.Struct, frozen=True, array_like=True):
-    """When this step is computed, `num_kept` tokens of the lane's prompt, all of it computed, move to blocks of their
-    own; from the next step on, the lane has only these."""
+class NewBlock(msgspec.Struct, frozen=True, array_like=True):
+    """Entry `column` of a lane's block table in one KV group."""
 
+    group: int
     lane: int
+    column: int
+    block: int
+
+
+class Prune(msgspec.Struct, frozen=True, array_like=True):
+    """A prompt, all of it computed with this step, keeps `num_kept` tokens, which move to blocks of their own; from the
+    next step on, its lane has only these."""
+
+    row: int
+    """The row with the prompt's last chunk."""
     num_kept: int
-    block_table: list[int]
+    block_tables: list[list[int]]
+    """The lane's new blocks in each KV group."""
 
 
 class StepInput(Message, frozen=True, array_like=True):
-    """One step's work, as a difference: shards keep each lane's tokens, block table and number of computed tokens.
-
-    Rows are the decode lanes, one token each, then the chunks. A row samples when it reaches its lane's last token.
-    """
+    """One step's work. What is new comes first: sequences, then blocks."""
 
     incarnation: int
-    step: int
+    step_id: int
     starts: list[LaneStart]
-    new_blocks: list[int]
-    """Flat pairs (lane, block): the block is appended to the lane's table."""
-    decode_lanes: list[int]
-    chunks: list[int]
-    """Flat pairs (lane, number of tokens)."""
-    prunes: list[Prune] = []
+    new_blocks: list[NewBlock]
+    rows: bytes
+    """int32 in native order, row by row: `ROW_FIELDS`, then `GROUP_FIELDS` for each KV group. A lane has one row."""
+    num_decodes: int
+    """So many rows come first and decode: one token each, after the prompt. The others are chunks."""
+    prunes: list[Prune] = msgspec.field(default_factory=list)
 
 
 # shard 0 → driver
 
 
 class Logprobs(msgspec.Struct, frozen=True, array_like=True):
-    """Of one position: the token itself first, then the likeliest ones; natural logarithms."""
+    """What is said of one position: the token itself first, then the likeliest ones; natural logarithms."""
 
     token_ids: list[int]
     logprobs: list[float]
@@ -88,9 +88,9 @@ class Logprobs(msgspec.Struct, frozen=True, array_like=True):
 
 
 class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True):
-    """Of consecutive prompt positions, the first of them `start`, in the chunk of this index."""
+    """Entries for consecutive prompt positions, the first of them `start`, that a row computed."""
 
-    chunk: int
+    row: int
     start: int
     entries: list[Logprobs]
 
@@ -99,113 +99,30 @@ class StepTimes(msgspec.Struct, frozen=True, array_like=True):
     """Seconds that a step took on rank 0."""
 
     launch_s: float = 0.0
-    """Of Python, until all was handed to the device."""
+    """Python was busy until all was handed to the device."""
     device_s: float = 0.0
-    """On the device."""
+    """The device was busy."""
     prune_s: float = 0.0
-    """Of `device_s`, for pruning."""
+    """The part of `device_s` that pruning took."""
 
     def __add__(self, other: StepTimes) -> StepTimes:
         return StepTimes(*(mine + its for mine, its in zip(astuple(self), astuple(other), strict=True)))
 
 
 class StepOutput(Message, frozen=True, array_like=True):
-    """One token per row that samples, in order of rows."""
+    """One token for each sample, in order of rows."""
 
     incarnation: int
-    step: int
+    step_id: int
     token_ids: list[int]
-    logprobs: dict[int, Logprobs] = {}
-    """By index into `token_ids`, for sequences that asked."""
-    prompt_logprobs: list[PromptLogprobs] = []
+    logprobs: dict[int, Logprobs] = msgspec.field(default_factory=dict)
+    """What is said of the tokens of sequences that asked, by index into `token_ids`."""
+    prompt_logprobs: list[PromptLogprobs] = msgspec.field(default_factory=list)
     times: StepTimes = StepTimes()
 
 
 class ShardFailed(Message, frozen=True, array_like=True):
+    """A shard has ended, or is about to; comes from itself, or from the driver's own watch."""
+
     incarnation: int
     reason: str
-
-
-# client → driver
-
-
-class AddClient(Message, frozen=True, array_like=True):
-    client: int
-    address: str
-
-
-class ClientGone(Message, frozen=True, array_like=True):
-    """The client's process has ended; comes from the transport, and goes on to the owner."""
-
-    client: int
-
-
-class NewSequence(msgspec.Struct, frozen=True, array_like=True):
-    sequence: int
-    """Unique within the client."""
-    token_ids: bytes
-    """Of `pack_ids`: the prompt, then what an engine before this one answered."""
-    num_prompt_tokens: int
-    params: SamplingParams
-    seed: int
-    cache_salt: str | None = None
-    """Sequences share cached blocks only with those of the same salt."""
-
-
-class AddSequence(Message, frozen=True, array_like=True):
-    client: int
-    new: NewSequence
-
-
-class Abort(Message, frozen=True, array_like=True):
-    client: int
-    sequences: list[int]
-
-
-class Stop(Message, frozen=True, array_like=True):
-    """Ends the driver's loop."""
-
-
-DriverMessage = StepOutput | ShardFailed | AddClient | ClientGone | AddSequence | Abort | Stop
-
-# driver → client
-
-
-class SequenceUpdate(msgspec.Struct, frozen=True, array_like=True):
-    """What one step brought for one sequence."""
-
-    sequence: int
-    token_ids: list[int]
-    finish_reason: str | None = None
-    """stop, length or abort."""
-    stop_token_id: int | None = None
-    num_cached_tokens: int = 0
-    num_pruned_tokens: int = 0
-    """Of the prompt, whose KV was given up."""
-    queue_s: float = 0.0
-    """How long the sequence waited for its first admission."""
-    logprobs: list[Logprobs] = []
-    prompt_logprobs: list[Logprobs] = []
-    """With the first token only; the entry of the prompt's first token is left out."""
-
-
-class Updates(Message, frozen=True, array_like=True):
-    incarnation: int
-    updates: list[SequenceUpdate]
-
-
-# driver → owner
-
-
-class Ended(Message, frozen=True, array_like=True):
-    """Sequences that a step brought to their end."""
-
-    sequences: list[tuple[int, int]]
-    """(client, sequence)"""
-
-
-class EngineDied(Message, frozen=True, array_like=True):
-    reason: str
-
-
-OwnerMessage = Ended | ClientGone | EngineDied

@@ -19,7 +19,7 @@ from rayllm.runner.model_input import Shape, pack_padding, unpack
 
 @dataclass(frozen=True)
 class ModelOutput:
-    """What a step computes; of a graph valid until the next step. Tokens are written into their lanes already."""
+    """What a step computes; a graph's is valid until the next step. Tokens are written into their lanes already."""
 
     hidden: torch.Tensor
     """[T, hidden_size]."""
@@ -37,12 +37,22 @@ class ModelOutput:
 def graph_shapes(max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int, max_prunes: int) -> list[Shape]:
     """Shapes of steps that only decode, and of steps with chunks, whose number and tokens are padded separately."""
     decodes = _up_to(max_num_seqs, [1, 2, 4, 8, 16, 24, 32, 48, 64, 80, *range(96, max_num_seqs, 32)])
-    shapes = [Shape(n, n, 0, n, 0, max_model_len, 0) for n in decodes]
+    shapes = [Shape.of_decodes(n, max_model_len) for n in decodes]
     tokens = _up_to(max_num_batched_tokens, [128, 256, 512, *(2**k * half for k in range(9, 30) for half in (2, 3))])
     for num_tokens in tokens:
         n = min(max_num_seqs, num_tokens)
-        sizes = n, num_tokens, max_model_len, max_prunes
-        shapes += [Shape(num_tokens, n, chunks, *sizes) for chunks in _up_to(n, [16])]
+        shapes += [
+            Shape(
+                num_tokens=num_tokens,
+                num_decodes=n,
+                num_chunks=num_chunks,
+                num_samples=n,
+                max_seqlen_q=num_tokens,
+                max_kv_len=max_model_len,
+                num_prunes=max_prunes,
+            )
+            for num_chunks in _up_to(n, [16])
+        ]
     return shapes
 
 
@@ -66,15 +76,16 @@ class StepGraphs:
             return
         self._device = device = lanes.device
         largest_first = sorted(shapes, key=lambda shape: (-shape.num_tokens, -shape.num_chunks))
-        size = max(sum(shape.sections) for shape in shapes)
+        num_groups = len(lanes.block_tables)
+        size = max(shape.packed_size(num_groups) for shape in shapes)
         self._packed = torch.empty(size, dtype=torch.int64, device=device.torch_device)
         pool = torch.cuda.graph_pool_handle()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())  # which may still be filling lanes and KV cache
         for shape in track(largest_first, "capturing CUDA graphs"):
             with torch.cuda.stream(stream):
-                inputs = self._packed[: sum(shape.sections)]
-                device.put(pack_padding(shape, lanes.padding), out=inputs)
+                inputs = self._packed[: shape.packed_size(num_groups)]
+                device.put(pack_padding(shape, lanes.padding, num_groups), out=inputs)
                 # what is new compiles, or allocates, outside of the graph
                 output = forward(unpack(inputs, shape, lanes))
                 if not self._graphs:  # the largest shape comes first: the others' results fit into its tensors

@@ -1,4 +1,4 @@
-"""The one place that knows what kind of device a shard runs on."""
+"""A shard's device, and all that depends on its kind but for kernels and CUDA graphs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Device:
 
     torch_device: torch.device
     backend: str
-    """Of the process group: nccl or gloo."""
+    """The process group's backend: nccl or gloo."""
 
     @property
     def is_cuda(self) -> bool:
@@ -58,41 +58,48 @@ class Device:
 class HostCopies:
     """Copies of device tensors to the host that run while the caller goes on."""
 
-    def __init__(self, tensors: list[torch.Tensor]):
-        self._event = None
-        if tensors and tensors[0].is_cuda:
-            pinned = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in tensors]
-            self._tensors = [p.copy_(t, non_blocking=True) for p, t in zip(pinned, tensors, strict=True)]
+    def __init__(self, device: Device):
+        self._is_cuda = device.is_cuda
+        self._event: torch.cuda.Event | None = None
+
+    def add(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The copy, to be read after `wait`; on a CPU the tensor itself."""
+        if not self._is_cuda:
+            return tensor
+        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+
+    def close(self) -> None:
+        """To be called when all copies are added."""
+        if self._is_cuda:
             self._event = torch.cuda.Event()
             self._event.record()
-        else:
-            self._tensors = tensors
 
-    def wait(self) -> list[list]:
-        """The tensors' values, once they have arrived. May be called on another thread."""
+    def wait(self) -> None:
+        """Blocks until the copies are there. May be called on another thread."""
         if self._event is not None:
             self._event.synchronize()
-        return [t.tolist() for t in self._tensors]
 
 
 class Stopwatch:
-    """Adds up the time that a device spends on what is launched between `start` and `stop`."""
+    """The time that a device spends on what is launched between `start` and `stop`."""
 
     def __init__(self, device: Device):
         self._device = device
-        self._laps: list[list[Any]] = []
+        self._lap: list[Any] = []
 
     def start(self) -> None:
-        self._laps.append([self._now()])
+        self._lap = [self._now()]
 
     def stop(self) -> None:
-        self._laps[-1].append(self._now())
+        self._lap.append(self._now())
 
     def seconds(self) -> float:
-        """Once the device has finished all laps."""
-        if self._device.is_cuda:
-            return sum(start.elapsed_time(end) for start, end in self._laps) / 1000
-        return sum(end - start for start, end in self._laps)
+        """0 if it was never started; to be asked once the device has finished what was launched."""
+        if not self._lap:
+            return 0.0
+        start, end = self._lap
+        seconds: float = start.elapsed_time(end) / 1000 if self._device.is_cuda else end - start
+        return seconds
 
     def _now(self) -> Any:
         if not self._device.is_cuda:

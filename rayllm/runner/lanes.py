@@ -1,15 +1,17 @@
-"""The state of running sequences on a shard: tokens, block tables and sampling parameters, a row for each lane.
+"""What a shard keeps of running sequences: tokens, block tables and sampling parameters, by lane.
 
 Sampled tokens stay on the device: a step writes them into `token_ids`, the next one reads them there. What the host
-must know to prepare a step (lengths, kinds of sampling) does not depend on them and is kept in numpy.
+must know to prepare a step (kinds of sampling) does not depend on them and is kept in numpy.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
-from rayllm.messages.step import LaneStart, Prune, StepInput
+from rayllm.messages.step import LaneStart, NewBlock, Prune, StepInput
 from rayllm.runner.device import Device
 from rayllm.sampling_params import SamplingParams
 
@@ -17,21 +19,21 @@ FOREVER = 2**31 - 1
 
 
 class Lanes:
-    """`num_lanes` lanes and one more, the last, which padding rows use; its block table names the spare block."""
+    """`num_lanes` lanes and one more, the last, which padding rows use; its block tables name the spare blocks.
 
-    def __init__(self, num_lanes: int, max_model_len: int, block_size: int, num_blocks: int, device: Device):
+    `num_blocks`: of each KV group's cache, without the spare one, which comes after them.
+    """
+
+    def __init__(self, num_lanes: int, max_model_len: int, block_size: int, num_blocks: Sequence[int], device: Device):
         rows = num_lanes + 1
         self.device = device
         self.block_size = block_size
         self.padding = num_lanes
         self.num_prompt_tokens = np.zeros(rows, np.int64)
-        self.num_tokens = np.zeros(rows, np.int64)
-        self.num_computed_tokens = np.zeros(rows, np.int64)
-        self.num_pruned_tokens = np.zeros(rows, np.int64)
-        """Computed tokens without KV: a token's slot is so much less than its position."""
         self.logprobs = np.full(rows, -1)
-        """How many to report; -1: none."""
+        """How many logprobs to report of each output token; -1: none."""
         self.prompt_logprobs = np.full(rows, -1)
+        """How many to report of each prompt token; -1: none."""
         self.is_filtered = np.zeros(rows, bool)
         """top_k, top_p or min_p is used."""
         self.is_penalized = np.zeros(rows, bool)
@@ -41,9 +43,9 @@ class Lanes:
             return torch.full(shape, fill, dtype=dtype, device=device.torch_device)
 
         self.token_ids = on_device(rows, max_model_len + 1, dtype=torch.int32)
-        self.block_tables = on_device(rows, -(-max_model_len // block_size), dtype=torch.int32, fill=num_blocks)
-        self.slot_offsets = on_device(rows, dtype=torch.int64)
-        """`num_pruned_tokens`."""
+        columns = -(-max_model_len // block_size)
+        self.block_tables = [on_device(rows, columns, dtype=torch.int32, fill=number) for number in num_blocks]
+        """For each KV group, [rows, columns]."""
         self.seeds = on_device(rows, dtype=torch.int64)
         self.prompt_lens = on_device(rows, dtype=torch.int64)
         self._floats = on_device(rows, 6, dtype=torch.float32)
@@ -58,21 +60,20 @@ class Lanes:
         """Takes in the sequences and blocks that are new in this step."""
         if step.starts:
             self._start(step.starts)
-        if step.new_blocks:
-            pairs = np.array(step.new_blocks, np.int64).reshape(-1, 2)
-            # the block is for the next token to be computed
-            columns = (self.num_computed_tokens - self.num_pruned_tokens)[pairs[:, 0]] // self.block_size
-            update = self.device.put(np.stack((pairs[:, 0], columns, pairs[:, 1])))
-            self.block_tables[update[0], update[1]] = update[2].int()
+        for group, table in enumerate(self.block_tables):
+            if own := [new for new in step.new_blocks if new.group == group]:
+                self._append(table, own)
+
+    def _append(self, table: torch.Tensor, new_blocks: list[NewBlock]) -> None:
+        entries = np.array([(new.lane, new.column, new.block) for new in new_blocks], np.int64)
+        lanes, columns, blocks = self.device.put(np.ascontiguousarray(entries.T))
+        table[lanes, columns] = blocks.int()
 
     def _start(self, starts: list[LaneStart]) -> None:
         lanes = np.array([start.lane for start in starts])
         params = [start.params for start in starts]
         self.num_prompt_tokens[lanes] = [start.num_prompt_tokens for start in starts]
         token_ids = [np.frombuffer(start.token_ids, np.int32) for start in starts]
-        self.num_tokens[lanes] = [len(row) for row in token_ids]
-        self.num_computed_tokens[lanes] = [start.num_computed_tokens for start in starts]
-        self.num_pruned_tokens[lanes] = 0
         self.logprobs[lanes] = [-1 if p.logprobs is None else p.logprobs for p in params]
         self.prompt_logprobs[lanes] = [-1 if s.prompt_logprobs is None else s.prompt_logprobs for s in starts]
         self.is_filtered[lanes] = [p.top_k > 0 or p.top_p < 1 or p.min_p > 0 for p in params]
@@ -83,22 +84,19 @@ class Lanes:
 
         put = self.device.put
         rows = put(lanes)
-        self.slot_offsets[rows] = 0
         self.seeds[rows] = put(np.array([start.seed for start in starts]))
         self.prompt_lens[rows] = put(self.num_prompt_tokens[lanes])
         self.top_k[rows] = put(np.array([max(p.top_k, 0) for p in params]))
         self._floats[rows] = put(np.array([_floats(p) for p in params], np.float32))
         self._scatter(self.token_ids, lanes, token_ids)
-        self._scatter(self.block_tables, lanes, [np.array(start.block_table) for start in starts])
+        self.replace_tables(lanes, starts)
         if self.is_biased[lanes].any() or self.bias_ids.shape[1]:  # lanes may hold those of sequences before
             self._set_biases(lanes, starts)
 
-    def prune(self, prunes: list[Prune]) -> None:
-        """Leaves lanes, whose prompts are computed, the slots of what was kept."""
-        lanes = np.array([prune.lane for prune in prunes])
-        self.num_pruned_tokens[lanes] = self.num_prompt_tokens[lanes] - [prune.num_kept for prune in prunes]
-        self.slot_offsets[self.device.put(lanes)] = self.device.put(self.num_pruned_tokens[lanes])
-        self._scatter(self.block_tables, lanes, [np.array(prune.block_table) for prune in prunes])
+    def replace_tables(self, lanes: np.ndarray, new: Sequence[LaneStart | Prune]) -> None:
+        """Gives these lanes the block tables of `new`."""
+        for group, table in enumerate(self.block_tables):
+            self._scatter(table, lanes, [np.array(entry.block_tables[group]) for entry in new])
 
     def _scatter(self, table: torch.Tensor, lanes: np.ndarray, values: list[np.ndarray]) -> None:
         """Writes each array at the start of its lane's row; rows are as wide as the longest list may be."""
@@ -131,7 +129,7 @@ class Lanes:
 
 
 def _floats(params: SamplingParams) -> tuple[float, ...]:
-    """In the order of `Lanes.temperature` and those after it."""
+    """The values of `Lanes.temperature` and those after it, in their order."""
     return (
         params.temperature,
         params.top_p,

@@ -2,56 +2,72 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from rayllm.messages.step import StepInput
+from rayllm.messages.step import GROUP_FIELDS, ROW_FIELDS, StepInput
 from rayllm.runner.lanes import Lanes
 
 
 @dataclass(frozen=True)
 class Rows:
-    """A step's rows on the host: decode rows first, then chunks. All arrays are [R]."""
+    """A step's R rows on the host, decode rows first, then chunks; all arrays are int32."""
 
     lanes: np.ndarray
+    """[R]"""
+    positions: np.ndarray
+    """[R]: the position of each row's first token."""
     num_tokens: np.ndarray
-    starts: np.ndarray
-    """Tokens of the lane computed before."""
-    num_pruned: np.ndarray
-    """Of those, the ones without KV."""
-    samples: np.ndarray
-    """bool: the row reaches its lane's last token, so its output is sampled from."""
+    """[R]"""
+    num_samples: np.ndarray
+    """[R]: 1 where the row's last token is sampled from, else 0."""
+    first_slots: np.ndarray
+    """[groups, R]: the slot of each row's first token."""
+    kv_lens: np.ndarray
+    """[groups, R]: how many slots the row's last token attends to, its own among them."""
     pruned: np.ndarray
-    """Not [R]: indices of the rows whose prompts the step prunes, in its order."""
+    """[W]: the rows whose prompts the step prunes."""
     num_decodes: int
 
-    @property
-    def kv_lens(self) -> np.ndarray:
-        """Slots that the row's last token attends to, its own among them."""
-        return self.starts + self.num_tokens - self.num_pruned
+    @classmethod
+    def of(cls, step: StepInput, num_groups: int) -> Rows:
+        """The rows of `step`, for a model with so many KV groups."""
+        width = len(ROW_FIELDS) + len(GROUP_FIELDS) * num_groups
+        columns = np.frombuffer(step.rows, np.int32).reshape(-1, width).T
+        lanes, positions, num_tokens, num_samples = columns[: len(ROW_FIELDS)]
+        return cls(
+            lanes=lanes,
+            positions=positions,
+            num_tokens=num_tokens,
+            num_samples=num_samples,
+            first_slots=columns[len(ROW_FIELDS) :: 2],
+            kv_lens=columns[len(ROW_FIELDS) + 1 :: 2],
+            pruned=np.array([prune.row for prune in step.prunes], np.int32),
+            num_decodes=step.num_decodes,
+        )
 
     @property
     def ends(self) -> np.ndarray:
-        """Index of the first token after each row's, in the step's flat tokens."""
+        """[R]: the index of the first token after each row's, in the step's flat tokens."""
         return np.cumsum(self.num_tokens)
 
+    @property
+    def is_sampled(self) -> np.ndarray:
+        """[R] bool"""
+        return self.num_samples > 0
 
-def take_rows(step: StepInput, lanes: Lanes) -> Rows:
-    """The rows of `step`; moves the lanes' lengths to what they are after it."""
-    chunks = np.array(step.chunks, np.int64).reshape(-1, 2)
-    num_decodes = len(step.decode_lanes)
-    row_lanes = np.concatenate((np.array(step.decode_lanes, np.int64), chunks[:, 0]))
-    num_tokens = np.concatenate((np.ones(num_decodes, np.int64), chunks[:, 1]))
-    starts = lanes.num_computed_tokens[row_lanes]
-    samples = starts + num_tokens == lanes.num_tokens[row_lanes]
-    num_pruned = lanes.num_pruned_tokens[row_lanes]
-    row_of = {lane: row for row, lane in enumerate(row_lanes.tolist())} if step.prunes else {}
-    pruned = np.array([row_of[prune.lane] for prune in step.prunes], np.int64)
-    lanes.num_computed_tokens[row_lanes] += num_tokens
-    lanes.num_tokens[row_lanes[samples]] += 1
-    return Rows(row_lanes, num_tokens, starts, num_pruned, samples, pruned, num_decodes)
+    @property
+    def sample_lanes(self) -> np.ndarray:
+        """[S]"""
+        return self.lanes[self.is_sampled]
+
+    @property
+    def sample_positions(self) -> np.ndarray:
+        """[S]: where in their lanes the sampled tokens go."""
+        return (self.positions + self.num_tokens)[self.is_sampled]
 
 
 @dataclass(frozen=True)
@@ -63,7 +79,7 @@ class Shape:
     num_chunks: int
     num_samples: int
     max_seqlen_q: int
-    """Of the chunks."""
+    """The longest chunk may have so many tokens."""
     max_kv_len: int
     num_prunes: int
 
@@ -75,26 +91,44 @@ class Shape:
             num_tokens=int(rows.num_tokens.sum()),
             num_decodes=n,
             num_chunks=len(rows.lanes) - n,
-            num_samples=int(rows.samples.sum()),
+            num_samples=int(rows.num_samples.sum()),
             max_seqlen_q=int(rows.num_tokens[n:].max(initial=0)),
             max_kv_len=int(rows.kv_lens.max()),
             num_prunes=len(rows.pruned),
         )
 
-    @property
-    def sections(self) -> list[int]:
-        """Lengths of the arrays that `pack` joins."""
+    @classmethod
+    def of_decodes(cls, number: int, max_kv_len: int) -> Shape:
+        """A step of so many rows that decode, and nothing else."""
+        return cls(
+            num_tokens=number,
+            num_decodes=number,
+            num_chunks=0,
+            num_samples=number,
+            max_seqlen_q=0,
+            max_kv_len=max_kv_len,
+            num_prunes=0,
+        )
+
+    def parts(self, num_groups: int) -> dict[str, int]:
+        """The arrays that `pack` joins, in order, and their lengths."""
         num_rows = self.num_decodes + self.num_chunks
-        return [
-            self.num_tokens,
-            self.num_tokens,
-            num_rows,
-            num_rows,
-            self.num_chunks + 1,
-            self.num_samples,
-            self.num_samples,
-            self.num_prunes,
-        ]
+        return {
+            "lanes": self.num_tokens,
+            "positions": self.num_tokens,
+            "slots": num_groups * self.num_tokens,
+            "row_lanes": num_rows,
+            "kv_lens": num_groups * num_rows,
+            "cu_seqlens_q": self.num_chunks + 1,
+            "sample_tokens": self.num_samples,
+            "sample_lanes": self.num_samples,
+            "sample_positions": self.num_samples,
+            "window_ends": self.num_prunes,
+        }
+
+    def packed_size(self, num_groups: int) -> int:
+        """Length of `pack`'s array."""
+        return sum(self.parts(num_groups).values())
 
 
 def pack(rows: Rows, shape: Shape, padding: int) -> np.ndarray:
@@ -102,32 +136,56 @@ def pack(rows: Rows, shape: Shape, padding: int) -> np.ndarray:
 
     Padding tokens and samples belong to the lane `padding`, padding rows have no keys.
     """
-    sections = np.zeros(sum(shape.sections), np.int64)
-    tokens, positions, row_lanes, kv_lens, cu_seqlens_q, sample_rows, sample_lanes, window_ends = np.split(
-        sections, np.cumsum(shape.sections)[:-1]
-    )
-    tokens[:], row_lanes[:], sample_lanes[:] = padding, padding, padding
+    num_groups = len(rows.kv_lens)
+    packed = np.zeros(shape.packed_size(num_groups), np.int64)
+    parts = shape.parts(num_groups)
+    part = dict(zip(parts, np.split(packed, np.cumsum(list(parts.values()))[:-1]), strict=True))
+    for name in ("lanes", "row_lanes", "sample_lanes"):
+        part[name][:] = padding
     n, ends = rows.num_decodes, rows.ends
-    num_tokens, num_chunks, num_samples = int(rows.num_tokens.sum()), len(rows.lanes) - n, int(rows.samples.sum())
-    tokens[:num_tokens] = np.repeat(rows.lanes, rows.num_tokens)
-    first = rows.starts - ends + rows.num_tokens
-    positions[:num_tokens] = np.arange(num_tokens) + np.repeat(first, rows.num_tokens)
+    num_tokens, num_chunks, num_samples = int(rows.num_tokens.sum()), len(rows.lanes) - n, int(rows.num_samples.sum())
+
+    part["lanes"][:num_tokens] = np.repeat(rows.lanes, rows.num_tokens)
+    index = np.arange(num_tokens)
+    starts = ends - rows.num_tokens
+    part["positions"][:num_tokens] = index + np.repeat(rows.positions - starts, rows.num_tokens)
+    for group, slots in enumerate(part["slots"].reshape(num_groups, -1)):
+        slots[:num_tokens] = index + np.repeat(rows.first_slots[group] - starts, rows.num_tokens)
+
     chunk_rows = slice(shape.num_decodes, shape.num_decodes + num_chunks)
-    for section, values in ((row_lanes, rows.lanes), (kv_lens, rows.kv_lens)):
-        section[:n], section[chunk_rows] = values[:n], values[n:]
-    cu_seqlens_q[:] = num_tokens
-    cu_seqlens_q[0] = n
-    cu_seqlens_q[1 : num_chunks + 1] = ends[n:]
-    sample_rows[:num_samples] = ends[rows.samples] - 1
-    sample_lanes[:num_samples] = rows.lanes[rows.samples]
-    window_ends[: len(rows.pruned)] = ends[rows.pruned]
-    return sections
+    for padded, values in (
+        (part["row_lanes"], rows.lanes),
+        *zip(part["kv_lens"].reshape(num_groups, -1), rows.kv_lens, strict=True),
+    ):
+        padded[:n], padded[chunk_rows] = values[:n], values[n:]
+    part["cu_seqlens_q"][:] = num_tokens
+    part["cu_seqlens_q"][0] = n
+    part["cu_seqlens_q"][1 : num_chunks + 1] = ends[n:]
+
+    part["sample_tokens"][:num_samples] = ends[rows.is_sampled] - 1
+    part["sample_lanes"][:num_samples] = rows.sample_lanes
+    part["sample_positions"][:num_samples] = rows.sample_positions
+    part["window_ends"][: len(rows.pruned)] = ends[rows.pruned]
+    return packed
 
 
-def pack_padding(shape: Shape, padding: int) -> np.ndarray:
+def pack_padding(shape: Shape, padding: int, num_groups: int) -> np.ndarray:
     """A step of `shape` that does nothing, as `pack` gives it."""
-    empty = np.empty(0, np.int64)
-    return pack(Rows(empty, empty, empty, empty, samples=empty > 0, pruned=empty, num_decodes=0), shape, padding)
+    none, none_of_groups = np.empty(0, np.int32), np.empty((num_groups, 0), np.int32)
+    rows = Rows(none, none, none, none, none_of_groups, none_of_groups, pruned=none, num_decodes=0)
+    return pack(rows, shape, padding)
+
+
+@dataclass(frozen=True)
+class GroupInput:
+    """What the attention of one KV group reads."""
+
+    slot_mapping: torch.Tensor
+    """[T] int64: where in the KV cache each token's keys and values go."""
+    block_tables: torch.Tensor
+    """[D + P, blocks of the longest row] int32."""
+    kv_lens: torch.Tensor
+    """[D + P] int32: slots that the row's last token attends to, its own among them."""
 
 
 @dataclass(frozen=True)
@@ -139,15 +197,11 @@ class ModelInput:
     """[T] int32."""
     positions: torch.Tensor
     """[T] int64, for RoPE."""
-    slot_mapping: torch.Tensor
-    """[T] int64: where in the KV cache each token's keys and values go."""
-    block_tables: torch.Tensor
-    """[D + P, blocks of the longest row] int32."""
-    kv_lens: torch.Tensor
-    """[D + P] int32: slots that the row's last token attends to, its own among them."""
+    groups: tuple[GroupInput, ...]
+    """One for each KV group."""
     cu_seqlens_q: torch.Tensor
     """[P + 1] int32: where each chunk's tokens begin."""
-    sample_rows: torch.Tensor
+    sample_tokens: torch.Tensor
     """[S] int64: the tokens whose hidden states are sampled from."""
     sample_lanes: torch.Tensor
     """[S] int64."""
@@ -159,20 +213,29 @@ class ModelInput:
 
 def unpack(packed: torch.Tensor, shape: Shape, lanes: Lanes) -> ModelInput:
     """The step's tensors, from `pack`'s array on the device and the lanes' state."""
-    parts = packed.split(shape.sections)
-    tokens, positions, row_lanes, kv_lens, cu_seqlens_q, sample_rows, sample_lanes, window_ends = parts
-    slots = positions - lanes.slot_offsets[tokens]
-    blocks = lanes.block_tables[tokens, slots // lanes.block_size].long()
+    parts = shape.parts(len(lanes.block_tables))
+    part = dict(zip(parts, packed.split(list(parts.values())), strict=True))
     return ModelInput(
         shape=shape,
-        token_ids=lanes.token_ids[tokens, positions],
-        positions=positions,
-        slot_mapping=blocks * lanes.block_size + slots % lanes.block_size,
-        block_tables=lanes.block_tables[row_lanes, : -(-shape.max_kv_len // lanes.block_size)],
-        kv_lens=kv_lens.int(),
-        cu_seqlens_q=cu_seqlens_q.int(),
-        sample_rows=sample_rows,
-        sample_lanes=sample_lanes,
-        sample_positions=positions[sample_rows] + 1,
-        window_ends=window_ends,
+        token_ids=lanes.token_ids[part["lanes"], part["positions"]],
+        positions=part["positions"],
+        groups=tuple(_group_inputs(part, shape, lanes)),
+        cu_seqlens_q=part["cu_seqlens_q"].int(),
+        sample_tokens=part["sample_tokens"],
+        sample_lanes=part["sample_lanes"],
+        sample_positions=part["sample_positions"],
+        window_ends=part["window_ends"],
     )
+
+
+def _group_inputs(part: dict[str, torch.Tensor], shape: Shape, lanes: Lanes) -> Iterator[GroupInput]:
+    size, num_groups = lanes.block_size, len(lanes.block_tables)
+    columns = -(-shape.max_kv_len // size)
+    slots, kv_lens = (part[name].view(num_groups, -1) for name in ("slots", "kv_lens"))
+    for table, own_slots, own_lens in zip(lanes.block_tables, slots, kv_lens.int(), strict=True):
+        blocks = table[part["lanes"], own_slots // size].long()
+        yield GroupInput(
+            slot_mapping=blocks * size + own_slots % size,
+            block_tables=table[part["row_lanes"], :columns],
+            kv_lens=own_lens,
+        )

@@ -81,7 +81,7 @@ def main() -> None:
         if (marker := _marker(sys.argv[1:])).exists():
             return
         import torch
-        from rayllm_kernels import prefill_attention, prefill_backend
+        from rayllm_kernels import PagedKV, prefill_attention, prefill_backend
 
         dtype = getattr(torch, dtype_name)
         if prefill_backend(dtype, head_dim) == "flash_attn_4":
@@ -89,7 +89,8 @@ def main() -> None:
             cache = torch.zeros(2, block_size, kv_heads, head_dim, dtype=dtype, device="cuda")
             table = torch.zeros(1, 1, dtype=torch.int32, device="cuda")
             ends = torch.tensor([0, block_size], dtype=torch.int32, device="cuda")
-            prefill_attention(q, cache, cache, table, ends, ends[1:], block_size, block_size, scale=1.0)
+            kv = PagedKV(cache, cache, table, ends[1:], max_kv_len=block_size)
+            prefill_attention(q, kv, ends, block_size, scale=1.0)
             marker.touch()
 
 

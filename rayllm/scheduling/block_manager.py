@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 import xxhash
 
-from rayllm.scheduling.sequence import Prefix, Sequence
+from rayllm.scheduling.sequence import BlockTable, Prefix, Sequence
 
 
 def root_hash(cache_salt: str | None) -> bytes:
@@ -20,17 +20,21 @@ def root_hash(cache_salt: str | None) -> bytes:
 
 
 def block_hash(parent: bytes, token_ids: bytes) -> bytes:
-    """Of a full block after those of `parent`; `token_ids` are int32, in native order."""
+    """The hash of a full block that follows those of `parent`; `token_ids` are int32, in native order."""
     return xxhash.xxh3_128_digest(parent + token_ids)
 
 
 class BlockManager:
-    """Blocks 0 … num_blocks - 1, each of `block_size` slots."""
+    """Blocks 0 … num_blocks - 1 of one KV group, each of `block_size` slots; the group's layers attend to everything.
 
-    def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True):
+    `group` is its index in `Sequence.block_tables`.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True, group: int = 0):
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
+        self.group = group
         self._ref_counts = [0] * num_blocks
         self._hashes: list[bytes | None] = [None] * num_blocks
         self._prefixes: list[Prefix | None] = [None] * num_blocks
@@ -46,11 +50,13 @@ class BlockManager:
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
-    def find_cached(self, seq: Sequence, window: int = 0) -> list[int]:
-        """The longest run of cached blocks that `seq` starts with; leaves one token at least to compute.
+    def table(self, seq: Sequence) -> BlockTable:
+        """The group's blocks of `seq`."""
+        return seq.block_tables[self.group]
 
-        Of a prompt that will be pruned, the last `window` tokens.
-        """
+    def find_cached(self, seq: Sequence, window: int = 0) -> list[int]:
+        """The longest run of cached blocks that `seq` starts with; leaves one token at least to compute, and the last
+        `window` tokens of a prompt that will be pruned."""
         if not self.enable_prefix_caching or seq.wants_prompt_logprobs:
             return []
         found: list[int] = []
@@ -76,51 +82,56 @@ class BlockManager:
             if self._ref_counts[block] == 0:
                 del self._free[block]
             self._ref_counts[block] += 1
-        seq.block_table = cached + [self._take() for _ in range(num_blocks - len(cached))]
-        seq.private_blocks = [self._take() for _ in range(num_private)]
-        seq.num_committed_blocks = len(cached)
-        seq.committed_prefix = self._prefixes[cached[-1]] if cached else self._root(seq)
+        table = self.table(seq)
+        table.blocks = cached + [self._take() for _ in range(num_blocks - len(cached))]
+        table.private = [self._take() for _ in range(num_private)]
+        table.num_committed = len(cached)
+        table.committed_prefix = self._prefixes[cached[-1]] if cached else self._root(seq)
+
+    def is_full(self, seq: Sequence) -> bool:
+        """Whether the next token of `seq` needs another block."""
+        return seq.kv_len == len(self.table(seq).blocks) * self.block_size
 
     def append(self, seq: Sequence) -> int:
         """Adds a block to the table of `seq`; the caller made sure that one is free."""
         block = self._take()
-        seq.block_table.append(block)
+        self.table(seq).blocks.append(block)
         return block
 
     def commit(self, seq: Sequence) -> None:
         """Makes the full blocks of `seq` that are computed, of known tokens, available to others."""
-        next_end = (seq.num_committed_blocks + 1) * self.block_size
-        if next_end > len(seq.token_ids) or next_end > seq.num_computed_tokens:  # the case of most tokens
-            return
         if not self.enable_prefix_caching or seq.num_pruned:  # a pruned cache is nobody else's prefix
             return
+        table = self.table(seq)
         num_full = min(seq.num_computed_tokens, len(seq.token_ids)) // self.block_size
-        for i in range(seq.num_committed_blocks, num_full):
-            block, key = seq.block_table[i], self._hash(seq, i)
-            seq.committed_prefix = Prefix(seq.committed_prefix, self._tokens_of(seq, i))
+        for i in range(table.num_committed, num_full):
+            block, key = table.blocks[i], self._hash(seq, i)
+            table.committed_prefix = Prefix(table.committed_prefix, self._tokens_of(seq, i))
             if key not in self._cached:  # else a twin is cached already, and this one stays private
                 self._cached[key] = block
                 self._hashes[block] = key
-                self._prefixes[block] = seq.committed_prefix
-            seq.num_committed_blocks = i + 1
+                self._prefixes[block] = table.committed_prefix
+            table.num_committed = i + 1
 
     def prune(self, seq: Sequence) -> None:
         """Leaves `seq` its private blocks only; the others stay cached, where they are hashed."""
-        private, seq.private_blocks = seq.private_blocks, []
+        table = self.table(seq)
+        private, table.private = table.private, []
         self.release(seq)
-        seq.block_table = private
+        table.blocks = private
 
     def release(self, seq: Sequence) -> None:
         """Takes all blocks away from `seq`."""
-        for block in reversed(seq.block_table + seq.private_blocks):
+        table = self.table(seq)
+        for block in reversed(table.blocks + table.private):
             self._ref_counts[block] -= 1
             if self._ref_counts[block] == 0:
                 self._free[block] = None
                 if self._hashes[block] is None:
                     self._free.move_to_end(block, last=False)
-        seq.block_table, seq.private_blocks = [], []
-        seq.num_committed_blocks = 0
-        seq.committed_prefix = None
+        table.blocks, table.private = [], []
+        table.num_committed = 0
+        table.committed_prefix = None
 
     def _take(self) -> int:
         block, _ = self._free.popitem(last=False)
@@ -139,7 +150,7 @@ class BlockManager:
         return Prefix(None, (seq.cache_salt or "").encode())
 
     def _hash(self, seq: Sequence, i: int) -> bytes:
-        """Hash of the i-th block of `seq`; needs those before it."""
+        """The hash of the i-th block of `seq`; needs those before it."""
         if i == len(seq.block_hashes):
             parent = seq.block_hashes[-1] if i else root_hash(seq.cache_salt)
             seq.block_hashes.append(block_hash(parent, self._tokens_of(seq, i)))
@@ -150,15 +161,16 @@ class BlockManager:
 
         They are all that hold blocks.
         """
-        counts = Counter(block for seq in sequences for block in seq.block_table + seq.private_blocks)
+        tables = {seq: self.table(seq) for seq in sequences}
+        counts = Counter(block for table in tables.values() for block in table.blocks + table.private)
         assert self._ref_counts == [counts[b] for b in range(self.num_blocks)], "ref counts"
         assert set(self._free) == {b for b in range(self.num_blocks) if not counts[b]}, "free list"
         hashed = {key: b for b, key in enumerate(self._hashes) if key is not None}
         assert hashed == self._cached, "hash table"
         for block, prefix in enumerate(self._prefixes):
             assert (prefix is not None) == (self._hashes[block] is not None), "tokens of hashed blocks"
-        for seq in sequences:
-            assert len(set(seq.block_table)) == len(seq.block_table), "a block twice in one table"
-            assert len(seq.block_table) * self.block_size >= seq.kv_len, "table too short"
-            private = seq.block_table if seq.num_pruned else seq.private_blocks
+        for seq, table in tables.items():
+            assert len(set(table.blocks)) == len(table.blocks), "a block twice in one table"
+            assert len(table.blocks) * self.block_size >= seq.kv_len, "table too short"
+            private = table.blocks if seq.num_pruned else table.private
             assert all(counts[b] == 1 and self._hashes[b] is None for b in private), "private blocks"

@@ -23,7 +23,7 @@ class Prefix:
 
     parent: Prefix | None
     token_ids: bytes
-    """As `pack_ids` packs them."""
+    """int32 in native order, as `pack_ids` gives them."""
 
     def is_same(self, other: Prefix) -> bool:
         """Compares up to the first object that both share, most often the parent."""
@@ -37,11 +37,25 @@ class Prefix:
 
 
 @dataclass(eq=False, slots=True)
+class BlockTable:
+    """A sequence's blocks in one KV group."""
+
+    blocks: list[int] = field(default_factory=list)
+    """In order of slots: slot i is slot i % block_size of block i // block_size of this list."""
+    private: list[int] = field(default_factory=list)
+    """Blocks for what is kept of the prompt, reserved until it is computed."""
+    num_committed: int = 0
+    """Leading blocks that were offered to the prefix cache."""
+    committed_prefix: Prefix | None = None
+    """The prefix that ends with the last of them."""
+
+
+@dataclass(eq=False, slots=True)
 class Sequence:
     """Tokens, progress and blocks. The driver owns `token_ids`; KV can always be computed again from them."""
 
-    client: int
-    sequence: int
+    client_id: int
+    sequence_id: int
     token_ids: array[int]
     """Prompt and known output, int32."""
     params: SamplingParams
@@ -58,25 +72,20 @@ class Sequence:
     num_computed_tokens: int = 0
     """Tokens whose KV exists once all steps sent are done."""
     num_cached_tokens: int = -1
-    """Of the first admission; -1 before it."""
+    """Prompt tokens that the prefix cache held at the first admission; -1 before it."""
     arrival: float = field(default_factory=time.monotonic)
     queue_s: float = 0.0
-    """From arrival to the first admission."""
+    """Seconds from arrival to the first admission."""
     num_kept: int = 0
     """Prompt tokens that keep their KV when the prompt is computed; 0: the prompt is not pruned."""
     num_pruned: int = 0
     """Computed tokens that have no KV any more."""
     num_pending: int = 0
     """Tokens that steps in flight will sample."""
-    block_table: list[int] = field(default_factory=list)
-    private_blocks: list[int] = field(default_factory=list)
-    """For what is kept, reserved until the prompt is computed."""
+    block_tables: list[BlockTable] = field(default_factory=list)
+    """One for each KV group."""
     block_hashes: list[bytes] = field(default_factory=list)
-    """Of the full blocks of `token_ids`, as far as computed."""
-    num_committed_blocks: int = 0
-    """Leading blocks of the table that were offered to the prefix cache."""
-    committed_prefix: Prefix | None = None
-    """Of the last of them."""
+    """The hashes of the full blocks of `token_ids`, as far as computed."""
     prompt_logprobs: list[Logprobs | None] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -85,7 +94,7 @@ class Sequence:
 
     @property
     def num_tokens(self) -> int:
-        """Known and pending."""
+        """Known and pending tokens."""
         return len(self.token_ids) + self.num_pending
 
     @property
@@ -94,21 +103,15 @@ class Sequence:
         return self.num_computed_tokens - self.num_pruned
 
     @property
+    def awaits_pruning(self) -> bool:
+        """Its prompt is to be pruned, and is not yet."""
+        return self.num_kept > 0 and not self.num_pruned
+
+    @property
     def num_chunkable(self) -> int:
         """Tokens that chunks may compute now: a prompt that will be pruned ends one."""
-        end = self.num_prompt_tokens if self.num_kept and not self.num_pruned else self.num_tokens
+        end = self.num_prompt_tokens if self.awaits_pruning else self.num_tokens
         return end - self.num_computed_tokens
-
-    @property
-    def is_decoding(self) -> bool:
-        """All but its last token is computed, and pruned where it is to be."""
-        num_missing = len(self.token_ids) + self.num_pending - self.num_computed_tokens
-        return num_missing == 1 and not (self.num_kept and not self.num_pruned)
-
-    @property
-    def is_complete(self) -> bool:
-        """No further token is to be sampled, once those that are pending are."""
-        return len(self.token_ids) + self.num_pending >= self.num_prompt_tokens + self.max_tokens
 
     @property
     def wants_prompt_logprobs(self) -> bool:

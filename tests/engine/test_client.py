@@ -12,7 +12,8 @@ from rayllm import SamplingParams
 from rayllm.config import EngineConfig
 from rayllm.errors import EngineDeadError
 from rayllm.frontend.client import MAX_DEATHS, Client
-from rayllm.messages.step import BYTES_OF_ID, NewSequence, SequenceUpdate, Updates
+from rayllm.messages.base import BYTES_PER_ID
+from rayllm.messages.sequences import NewSequence, SequenceUpdate, Updates
 from rayllm.messages.transport import Address, Sender
 
 LENGTH = 3 * MAX_DEATHS
@@ -27,7 +28,7 @@ class DyingLink:
         """That each engine found there."""
 
     async def answer(self, client: Address, sequence: NewSequence) -> None:
-        num_tokens = len(sequence.token_ids) // BYTES_OF_ID - sequence.num_prompt_tokens
+        num_tokens = len(sequence.token_ids) // BYTES_PER_ID - sequence.num_prompt_tokens
         self.num_tokens.append(num_tokens)
         await asyncio.sleep(0)
         is_last = num_tokens + 1 == LENGTH

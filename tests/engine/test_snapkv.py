@@ -14,10 +14,12 @@ from pruned_reference import PrunedReference
 from rayllm import LLM, SamplingParams, UsageError
 from rayllm.checkpoint.sources import resolve_model
 from rayllm.config import EngineConfig
-from rayllm.messages.step import LaneStart, Prune, StepInput, pack_ids
-from rayllm.runner import executor as model_runner
+from rayllm.messages.base import pack_ids
+from rayllm.messages.step import LaneStart, Prune, StepInput
+from rayllm.runner import pruning
 from rayllm.runner.device import open_device
-from rayllm.runner.executor import ModelRunner
+from rayllm.runner.executor import Executor
+from rayllm.runner.loading import load_model
 from rayllm.runner.parallel import TensorParallel
 
 WINDOW = 8
@@ -118,15 +120,15 @@ def test_layers_that_are_pruned_one_at_a_time(model_paths, monkeypatch: pytest.M
     config = EngineConfig.of(model="any", device="cpu", **PRUNING, **limits)
     config = config.resolved(device="cpu", model_dtype="float32", model_max_len=64)
     prompt = pack_ids([rng.randrange(199) for _ in range(60)])
-    start = LaneStart(0, prompt, 60, 0, list(range(8)), SamplingParams(temperature=0), 0, [], None)
+    start = LaneStart(0, prompt, 60, [list(range(8))], SamplingParams(temperature=0), 0, [], None)
+    rows = pack_ids([0, 0, 60, 1, 0, 60])
+    model = load_model(config, source, TensorParallel(), open_device("cpu", [], 1))
     caches = []
-    for at_once in (model_runner.SCORES_AT_ONCE, 1):
-        monkeypatch.setattr(model_runner, "SCORES_AT_ONCE", at_once)
-        runner = ModelRunner(config, source, TensorParallel(), open_device("cpu", [], 1))
-        runner.load()
-        runner.allocate(12)
-        runner.execute(StepInput(0, 1, [start], [], [], [0, 60], [Prune(0, 24, [8, 9, 10])])).wait()
-        caches.append((runner.keys, runner.values))
+    for at_once in (pruning.SCORES_AT_ONCE, 1):
+        monkeypatch.setattr(pruning, "SCORES_AT_ONCE", at_once)
+        executor = Executor(model, [12])
+        executor.execute(StepInput(0, 1, [start], [], rows, 0, [Prune(0, 24, [[8, 9, 10]])])).wait()
+        caches.append((executor.groups[0].keys, executor.groups[0].values))
     for one, other in zip(*caches, strict=True):
         assert torch.equal(one, other)
         assert one[:, 8:11].any(), "what is kept"

@@ -8,7 +8,7 @@ from math import ceil
 import pytest
 import torch
 from kernel_testing import assert_close, poisoned
-from rayllm_kernels import decode_attention, divide_decodes, prefill_attention, prefill_backend
+from rayllm_kernels import PagedKV, decode_attention, divide_decodes, prefill_attention, prefill_backend
 from rayllm_kernels.decode_attention import (
     _decode_attention_triton,
     _divide_triton,
@@ -40,14 +40,16 @@ class Batch:
     scale: float
 
     def decode_args(self, max_kv_len: int | None = None) -> tuple:
-        max_kv_len = max_kv_len or int(self.kv_lens.max())
-        return self.q, self.k_cache, self.v_cache, self.block_tables, self.kv_lens, self.scale, max_kv_len
+        return self.q, self.paged_kv(max_kv_len), self.scale
 
     def prefill_args(self, first: int = 0) -> tuple:
         """`first`: of the chunks' tokens, when others are before them."""
         starts = torch.tensor([first, *self.query_lens]).cumsum(0).to(self.q.device, torch.int32)
-        longest = max(self.query_lens), int(self.kv_lens.max())
-        return self.q, self.k_cache, self.v_cache, self.block_tables, starts, self.kv_lens, *longest, self.scale
+        return self.q, self.paged_kv(), starts, max(self.query_lens), self.scale
+
+    def paged_kv(self, max_kv_len: int | None = None) -> PagedKV:
+        longest = max_kv_len or int(self.kv_lens.max())
+        return PagedKV(self.k_cache, self.v_cache, self.block_tables, self.kv_lens, longest)
 
 
 def make_batch(
@@ -282,7 +284,7 @@ def test_decode_in_a_cuda_graph_follows_its_inputs() -> None:
     tables = torch.zeros(4, width, dtype=torch.int32, device="cuda")
     kv_lens = first.kv_lens.clone()
     caches = [torch.zeros(64, 64, 8, 128, dtype=torch.bfloat16, device="cuda") for _ in "kv"]
-    args = (q, *caches, tables, kv_lens, 0.1, 4096)
+    args = (q, PagedKV(*caches, tables, kv_lens, 4096), 0.1)
 
     def load(batch: Batch) -> None:
         q.copy_(batch.q)
@@ -323,7 +325,7 @@ def test_prefill_in_a_cuda_graph_is_padded(dtype: torch.dtype) -> None:
     ends = torch.tensor([first, *query_lens]).cumsum(0)
     starts = padding(ends, (0, 13), value=int(ends[-1])).to("cuda", torch.int32)
     lengths = padding(batch.kv_lens, (0, 13))
-    args = (q, batch.k_cache, batch.v_cache, tables, starts, lengths, 512, 4096, batch.scale)
+    args = (q, PagedKV(batch.k_cache, batch.v_cache, tables, lengths, 4096), starts, 512, batch.scale)
     prefill_attention(*args)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

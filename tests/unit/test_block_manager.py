@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from rayllm.sampling_params import SamplingParams
 from rayllm.scheduling import block_manager
 from rayllm.scheduling.block_manager import BlockManager
-from rayllm.scheduling.sequence import Sequence
+from rayllm.scheduling.sequence import BlockTable, Sequence
 
 NO_LOGPROBS = SamplingParams()
 PROMPTS = st.lists(st.integers(1, 2), min_size=1, max_size=10)
@@ -22,7 +22,13 @@ SALTS = st.sampled_from((None, None, None, "salt"))
 
 def make_sequence(token_ids, salt=None, params=NO_LOGPROBS) -> Sequence:
     own = array("i", token_ids)
-    return Sequence(0, 0, own, params, seed=0, max_tokens=99, stop_token_ids=frozenset(), cache_salt=salt)
+    seq = Sequence(0, 0, own, params, seed=0, max_tokens=99, stop_token_ids=frozenset(), cache_salt=salt)
+    seq.block_tables = [BlockTable()]
+    return seq
+
+
+def blocks_of(seq: Sequence) -> list[int]:
+    return seq.block_tables[0].blocks
 
 
 def run(manager: BlockManager, token_ids, salt=None) -> Sequence:
@@ -72,7 +78,7 @@ class BlockMachine(RuleBasedStateMachine):
         self.manager.commit(seq)
         num_full = min(seq.num_computed_tokens, len(seq.token_ids)) // self.block_size
         for i in range(self.num_offered[seq], num_full if self.caching else 0):
-            self.cached.setdefault(self.prefix(seq, i), seq.block_table[i])
+            self.cached.setdefault(self.prefix(seq, i), blocks_of(seq)[i])
             self.num_offered[seq] = i + 1
 
     @rule(token_ids=PROMPTS, salt=SALTS, logprobs=st.sampled_from((None, None, 1)), reserve=st.integers(0, 3))
@@ -86,11 +92,11 @@ class BlockMachine(RuleBasedStateMachine):
         assert self.manager.can_allocate(num_blocks + reserve, hits) == fits
         if fits:
             self.manager.allocate(seq, num_blocks, hits)
-            assert seq.block_table[: len(hits)] == hits
-            assert len(seq.block_table) == num_blocks
+            assert blocks_of(seq)[: len(hits)] == hits
+            assert len(blocks_of(seq)) == num_blocks
             for block in hits:
                 self.freed.pop(block, None)
-            for block in seq.block_table[len(hits) :]:
+            for block in blocks_of(seq)[len(hits) :]:
                 self.take(block)
             seq.num_computed_tokens = len(hits) * self.block_size
             self.num_offered[seq] = len(hits)
@@ -102,9 +108,9 @@ class BlockMachine(RuleBasedStateMachine):
         """Of known tokens, and of one that is not known yet."""
         seq = data.draw(st.sampled_from(self.sequences))
         seq.num_computed_tokens = min(seq.num_computed_tokens + number, len(seq.token_ids) + 1)
-        while seq.num_computed_tokens > len(seq.block_table) * self.block_size:
+        while seq.num_computed_tokens > len(blocks_of(seq)) * self.block_size:
             if not self.freed:
-                seq.num_computed_tokens = len(seq.block_table) * self.block_size
+                seq.num_computed_tokens = len(blocks_of(seq)) * self.block_size
                 break
             self.take(self.manager.append(seq))
         self.commit(seq)
@@ -120,12 +126,12 @@ class BlockMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def release(self, data):
         seq = data.draw(st.sampled_from(self.sequences))
-        table = list(seq.block_table)
+        table = list(blocks_of(seq))
         self.sequences.remove(seq)
         self.manager.release(seq)
-        assert seq.block_table == []
+        assert blocks_of(seq) == []
         self.clock += 1
-        held = Counter(block for other in self.sequences for block in other.block_table)
+        held = Counter(block for other in self.sequences for block in blocks_of(other))
         self.freed |= {block: (self.clock, -i) for i, block in enumerate(table) if not held[block]}
 
     @rule(token_ids=PROMPTS, salt=SALTS)
@@ -156,28 +162,28 @@ TestBlockManager.settings = settings(
 def test_eviction_order():
     manager = BlockManager(num_blocks=6, block_size=2)
     first, second = run(manager, [1, 1, 2, 2, 3]), run(manager, [4, 4, 5, 5, 6])
-    (a, b, unhashed_1), (c, d, unhashed_2) = first.block_table, second.block_table
+    (a, b, unhashed_1), (c, d, unhashed_2) = blocks_of(first), blocks_of(second)
     manager.release(second)
     manager.release(first)
     hit = run(manager, [4, 4, 7])  # used again, and thereby more recently than `first`
-    assert hit.block_table[0] == c
+    assert blocks_of(hit)[0] == c
     manager.release(hit)
     taker = make_sequence(range(100, 112))
     manager.allocate(taker, 6, [])
-    assert set(taker.block_table[:2]) == {unhashed_1, unhashed_2}
-    assert taker.block_table[2:] == [d, b, a, c]
+    assert set(blocks_of(taker)[:2]) == {unhashed_1, unhashed_2}
+    assert blocks_of(taker)[2:] == [d, b, a, c]
 
 
 @pytest.mark.parametrize("length", [1, 3, 4, 5, 8, 9])
 def test_one_prompt_token_is_computed(length):
     manager = BlockManager(num_blocks=8, block_size=4)
     seq = run(manager, range(length))
-    assert manager.find_cached(make_sequence(range(length))) == seq.block_table[: (length - 1) // 4]
+    assert manager.find_cached(make_sequence(range(length))) == blocks_of(seq)[: (length - 1) // 4]
 
 
 def test_salts_share_nothing():
     manager = BlockManager(num_blocks=16, block_size=2)
-    tables = {salt: run(manager, range(5), salt).block_table for salt in (None, "a", "b")}
+    tables = {salt: blocks_of(run(manager, range(5), salt)) for salt in (None, "a", "b")}
     for salt, table in tables.items():
         assert manager.find_cached(make_sequence(range(5), salt)) == table[:2]
     assert manager.find_cached(make_sequence(range(5), "c")) == []
@@ -188,7 +194,7 @@ def test_can_allocate_counts_hits():
     manager = BlockManager(num_blocks=4, block_size=1)
     seq = run(manager, [1, 2, 3])
     hits = manager.find_cached(make_sequence([1, 2, 9, 9, 9]))
-    assert hits == seq.block_table[:2]
+    assert hits == blocks_of(seq)[:2]
     assert manager.can_allocate(3, hits)  # held hits cost nothing, one block is free
     assert not manager.can_allocate(4, hits)
     manager.release(seq)
@@ -206,8 +212,8 @@ def test_hash_collisions_do_not_hit(monkeypatch, kept):
     assert manager.find_cached(make_sequence([2, 5, 6])) == []
     assert manager.find_cached(make_sequence([1, 5, 6], "salt")) == []
     second = run(manager, [2, 5, 6, 7])  # its 2 is cached, the rest stands under the hashes of `first`
-    assert manager.find_cached(make_sequence([2, 5, 6])) == second.block_table[: 1 if kept else 0]
-    assert manager.find_cached(make_sequence([1, 5, 6])) == first.block_table[: 2 if kept else 1]
+    assert manager.find_cached(make_sequence([2, 5, 6])) == blocks_of(second)[: 1 if kept else 0]
+    assert manager.find_cached(make_sequence([1, 5, 6])) == blocks_of(first)[: 2 if kept else 1]
     manager.check_integrity([first, second])
 
 
@@ -228,7 +234,7 @@ def test_collision_after_the_parent_was_evicted(monkeypatch):
     manager.commit(twin)
     manager.release(owner)
     other = run(manager, [2])  # in the block of `owner`
-    assert manager.find_cached(make_sequence([2, 5, 6])) == other.block_table
+    assert manager.find_cached(make_sequence([2, 5, 6])) == blocks_of(other)
     manager.check_integrity([twin, other])
 
 
@@ -249,8 +255,8 @@ def test_integrity_check_sees_damage():
         with pytest.raises(AssertionError):
             manager.check_integrity([seq])
 
-    damaged(lambda manager, seq: seq.block_table.pop())
-    damaged(lambda manager, seq: seq.block_table.append(seq.block_table[0]))
+    damaged(lambda manager, seq: blocks_of(seq).pop())
+    damaged(lambda manager, seq: blocks_of(seq).append(blocks_of(seq)[0]))
     damaged(lambda manager, seq: manager._free.popitem())
     damaged(lambda manager, seq: manager._cached.popitem())
     damaged(lambda manager, seq: setattr(seq, "num_computed_tokens", 5))

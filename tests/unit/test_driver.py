@@ -9,12 +9,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from shard_model import decode_lanes, rows_of
 
 from rayllm.checkpoint.sources import ModelSource
 from rayllm.config import EngineConfig
 from rayllm.engine.driver import SHORT_STEP_S, STEPS_IN_FLIGHT, Driver
 from rayllm.errors import EngineDeadError
-from rayllm.messages.step import (
+from rayllm.messages.base import Stop, pack_ids
+from rayllm.messages.sequences import (
     Abort,
     AddClient,
     AddSequence,
@@ -25,14 +27,9 @@ from rayllm.messages.step import (
     NewSequence,
     OwnerMessage,
     SequenceUpdate,
-    ShardFailed,
-    StepInput,
-    StepOutput,
-    StepTimes,
-    Stop,
     Updates,
-    pack_ids,
 )
+from rayllm.messages.step import ShardFailed, StepInput, StepOutput, StepTimes
 from rayllm.messages.transport import Receiver, Sender
 from rayllm.model_config import ModelConfig
 from rayllm.sampling_params import SamplingParams
@@ -89,7 +86,7 @@ class Peers:
         self.driver._owner = Sender(self.owner.address)
         self.driver._senders = [Sender(shard.address) for shard in self.shards]
         self.driver.scheduler = Scheduler(
-            num_blocks=16,
+            num_blocks=[16],
             block_size=4,
             max_num_seqs=4,
             max_num_batched_tokens=32,
@@ -116,7 +113,7 @@ class Peers:
 
     def answer(self, step: StepInput, *token_ids: int, incarnation: int = INCARNATION, device_s: float = 0.0) -> None:
         times = StepTimes(device_s=device_s)
-        self.to_driver.send(StepOutput(incarnation, step.step, list(token_ids), times=times))
+        self.to_driver.send(StepOutput(incarnation, step.step_id, list(token_ids), times=times))
 
     def step(self) -> StepInput:
         """The next one, which both shards get."""
@@ -159,7 +156,7 @@ def test_every_step_is_sent_before_the_last_one_is_answered(peers: Peers):
     step = peers.step()
     for token_id in range(1, 5):
         ahead = peers.step()
-        assert (ahead.step, ahead.decode_lanes) == (step.step + 1, [0])
+        assert (ahead.step_id, decode_lanes(ahead)) == (step.step_id + 1, [0])
         if token_id == 2:
             assert peers.no_step(), f"more than {STEPS_IN_FLIGHT} steps in flight"
         peers.answer(step, token_id)
@@ -179,7 +176,7 @@ def test_short_steps_have_one_more_in_flight(peers: Peers):
         peers.updates()
         if i < 2:
             steps += [peers.step() for _ in range(2 - i)]
-    assert [step.step for step in steps] == list(range(steps[0].step, steps[0].step + 5))
+    assert [step.step_id for step in steps] == list(range(steps[0].step_id, steps[0].step_id + 5))
     assert peers.no_step(), "two are in flight again"
 
 
@@ -200,16 +197,15 @@ def test_clients_get_one_message_a_step_with_their_own(peers: Peers):
     peers.add(sequence=1, client=0)
     peers.add(sequence=0, client=1)
     second = peers.step()
-    while len(second.starts) + len(second.decode_lanes) < 3:  # or the third, if the second was already on its way
+    while len(second.starts) + second.num_decodes < 3:  # or the third, if the second was already on its way
         peers.answer(first, 4)
         assert len(peers.updates(0)) == 1
         first, second = second, peers.step()
     peers.answer(first, 5)
-    assert [u.sequence for u in peers.updates(0)] == [0]
-    rows = len(second.decode_lanes) + len(second.chunks) // 2
-    peers.answer(second, *range(rows))
-    assert [u.sequence for u in peers.updates(0)] == [0, 1]
-    assert [u.sequence for u in peers.updates(1)] == [0]
+    assert [u.sequence_id for u in peers.updates(0)] == [0]
+    peers.answer(second, *range(len(rows_of(second))))
+    assert [u.sequence_id for u in peers.updates(0)] == [0, 1]
+    assert [u.sequence_id for u in peers.updates(1)] == [0]
 
 
 def test_answers_of_another_incarnation_are_ignored(peers: Peers):
@@ -228,7 +224,7 @@ def test_abort_frees_everything(peers: Peers):
     peers.answer(second, 2)
     assert peers.no_step()
     assert peers.clients[0].is_silent()
-    assert peers.driver.scheduler.blocks.num_free_blocks == 16
+    assert peers.driver.scheduler.num_free_blocks == 16
     peers.driver.scheduler.check_integrity()
 
 
@@ -283,7 +279,7 @@ def test_a_client_that_goes_leaves_nothing(peers: Peers):
     peers.answer(peers.step(), 3)
     assert [u.token_ids for u in peers.updates(0)] == [[3]], "the others are served on"
     assert peers.no_step()
-    assert peers.driver.scheduler.blocks.num_free_blocks == 16
+    assert peers.driver.scheduler.num_free_blocks == 16
 
 
 def test_a_sequence_goes_on_from_its_output(peers: Peers):
@@ -292,7 +288,8 @@ def test_a_sequence_goes_on_from_its_output(peers: Peers):
     peers.to_driver.send(AddSequence(0, new))
     step = peers.step()
     [start] = step.starts
-    assert (start.num_prompt_tokens, step.chunks) == (3, [start.lane, 5])
+    [row] = rows_of(step)
+    assert (start.num_prompt_tokens, row.lane, row.num_tokens) == (3, start.lane, 5)
     peers.answer(step, 6)
     peers.answer(peers.step(), 7)
     assert [u.finish_reason for u in peers.updates() + peers.updates()] == [None, "length"]

@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerFast
 
 from rayllm.frontend.output import Choice, Increment
 from rayllm.frontend.tokenizer import Tokenizer as RayllmTokenizer
-from rayllm.messages.step import Logprobs, SequenceUpdate
+from rayllm.messages.sequences import SequenceUpdate
+from rayllm.messages.step import Logprobs
 from rayllm.sampling_params import SamplingParams
 
 PIECES = ["a", "b", "c", "ab", "bc", "aba", " a", "é", "😀"]

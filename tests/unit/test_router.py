@@ -9,7 +9,8 @@ from collections import Counter
 import pytest
 
 from deployments.router import MARGIN, Policy, _depth, hashes_of
-from rayllm.messages.step import NewSequence, pack_ids
+from rayllm.messages.base import pack_ids
+from rayllm.messages.sequences import NewSequence
 from rayllm.sampling_params import SamplingParams
 from rayllm.scheduling.block_manager import BlockManager
 from rayllm.scheduling.sequence import Sequence

@@ -10,10 +10,10 @@ from hypothesis import Phase, given, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from rayllm.scheduling import block_manager, scheduler
-from rayllm.scheduling.pruning import MAX_PRUNES, SnapKV, Streaming
+from rayllm.scheduling.pruning import MAX_PRUNES, snapkv, streaming
 
 pytest.register_assert_rewrite("shard_model")
-from shard_model import EOS, Engine  # noqa: E402
+from shard_model import EOS, Engine, chunk_sizes, rows_of  # noqa: E402
 
 STEM = (1, 2, 1, 1, 3, 2, 2, 1, 3, 3, 1, 2, 3, 1, 1, 2)
 """Most prompts begin with a part of it."""
@@ -26,8 +26,8 @@ def tiny_digest(data: bytes) -> bytes:
 
 def policies(block_size):
     limits = st.integers(6, 12)
-    return st.builds(SnapKV, limits, st.just(block_size), st.integers(2, 5)) | st.builds(
-        Streaming, limits, st.just(block_size)
+    return st.builds(snapkv, limits, st.just(block_size), st.integers(2, 5)) | st.builds(
+        streaming, limits, st.just(block_size)
     )
 
 
@@ -39,7 +39,7 @@ def engine_configs(draw):
     pruning = draw(st.none() | policies(block_size))
     least_batch = max_num_seqs + (pruning.window if pruning else 0)
     return {
-        "num_blocks": draw(st.one_of(st.just(least), st.integers(least, 3 * least))),
+        "num_blocks": draw(st.lists(st.just(least) | st.integers(least, 3 * least), min_size=1, max_size=2)),
         "block_size": block_size,
         "max_num_seqs": max_num_seqs,
         "max_num_batched_tokens": draw(st.integers(least_batch, least_batch + 24)),
@@ -121,7 +121,7 @@ TestScheduler.settings = settings(
 
 
 def small_engine(**config) -> Engine:
-    defaults = {"num_blocks": 64, "block_size": 2, "max_num_seqs": 8, "max_num_batched_tokens": 32}
+    defaults = {"num_blocks": [64], "block_size": 2, "max_num_seqs": 8, "max_num_batched_tokens": 32}
     defaults |= {"max_model_len": 64, "enable_prefix_caching": True, "incarnation": 7}
     return Engine(**{**defaults, **config})
 
@@ -136,7 +136,7 @@ def small_engine(**config) -> Engine:
 def test_preemption_changes_no_output(lengths, depth, caching, block_size):
     """Eight sequences of 21 to 32 tokens want to run in a cache for little more than one."""
     engine = small_engine(
-        num_blocks=-(-40 // block_size), block_size=block_size, max_model_len=40, enable_prefix_caching=caching
+        num_blocks=[-(-40 // block_size)], block_size=block_size, max_model_len=40, enable_prefix_caching=caching
     )
     for i, length in enumerate(lengths):
         engine.add([1 + i % 3] * length, max_tokens=20, stops=frozenset(), variant=i % 2)
@@ -146,7 +146,7 @@ def test_preemption_changes_no_output(lengths, depth, caching, block_size):
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
 def test_long_prompts_do_not_stall_decoding(depth):
-    engine = small_engine(max_model_len=128, num_blocks=128, max_num_batched_tokens=8, block_size=4)
+    engine = small_engine(max_model_len=128, num_blocks=[128], max_num_batched_tokens=8, block_size=4)
     for token in (1, 2, 3):
         engine.add([token], max_tokens=100, stops=frozenset())
     while not all(engine.updates.values()):
@@ -156,9 +156,9 @@ def test_long_prompts_do_not_stall_decoding(depth):
     num_chunks = 0
     while not engine.updates[late]:
         if len(engine.answers) < depth and (step := engine.schedule()):
-            num_chunks += len(step.chunks) // 2
-            assert len(step.decode_lanes) == 3 or num_chunks == 20
-            assert step.chunks[1::2] in ([5], [])
+            num_chunks += len(chunk_sizes(step))
+            assert step.num_decodes == 3 or num_chunks == 20
+            assert chunk_sizes(step) in ([5], [])
         else:
             engine.update()
     assert num_chunks == 20  # of 5 tokens, what three decode rows leave of the budget
@@ -183,8 +183,9 @@ def test_hits_within_the_step_that_computes():
     for _ in range(2):
         engine.add(STEM, max_tokens=9)
     step = engine.schedule()
-    assert [start.num_computed_tokens for start in step.starts] == [0, 14]  # the last block holds the last token
-    assert step.starts[0].block_table[:7] == step.starts[1].block_table[:7]
+    assert [row.position for row in rows_of(step)] == [0, 14]  # the last block holds the last token
+    first, second = (start.block_tables[0] for start in step.starts)
+    assert first[:7] == second[:7]
     engine.drain(2)
 
 
@@ -207,7 +208,7 @@ def test_prompt_logprobs_take_no_hits_but_leave_blocks():
     assert [engine.updates[key][0].num_cached_tokens for key in (first, second, third)] == [0, 0, 14]
 
 
-@pytest.mark.parametrize("pruning", [None, SnapKV(limit=6, block_size=2, window=2)])
+@pytest.mark.parametrize("pruning", [None, snapkv(limit=6, block_size=2, window=2)])
 @pytest.mark.parametrize("num_moves", range(6))
 def test_abort_at_any_time(num_moves, pruning):
     """One that waits, is in its prompt or decodes, with a step in flight or none."""
@@ -227,7 +228,7 @@ def test_abort_at_any_time(num_moves, pruning):
 
 
 def test_abort_while_preempted():
-    engine = small_engine(num_blocks=32, max_num_seqs=8)
+    engine = small_engine(num_blocks=[32], max_num_seqs=8)
     for token in (1, 2, 3, 1):
         engine.add([token] * 10, max_tokens=40, stops=frozenset())
     engine.schedule()
@@ -237,12 +238,12 @@ def test_abort_while_preempted():
         engine.schedule()
     preempted = engine.scheduler.waiting[0]
     assert preempted.num_pending == 1  # its last token is still being computed
-    engine.abort((preempted.client, preempted.sequence))
+    engine.abort((preempted.client_id, preempted.sequence_id))
     engine.drain(2)
 
 
 def test_a_preempted_sequence_waits_for_its_pending_token():
-    engine = small_engine(num_blocks=4, max_model_len=8)
+    engine = small_engine(num_blocks=[4], max_model_len=8)
     first = engine.add([1, 2], max_tokens=3, stops=frozenset())
     engine.add([3, 3], max_tokens=6, stops=frozenset())
     engine.schedule()
@@ -260,7 +261,7 @@ def test_a_preempted_sequence_waits_for_its_pending_token():
 
 
 def test_admission_leaves_a_block_to_each_that_runs():
-    engine = small_engine(num_blocks=4, max_model_len=8)
+    engine = small_engine(num_blocks=[4], max_model_len=8)
     engine.add([1, 2], max_tokens=3, stops=frozenset())
     engine.add([3] * 6, max_tokens=2, stops=frozenset())
     assert len(engine.schedule().starts) == 1  # three blocks are free, and would do for the prompt alone
@@ -269,7 +270,7 @@ def test_admission_leaves_a_block_to_each_that_runs():
 
 
 def pruned_engine(**config) -> Engine:
-    return small_engine(**{"pruning": SnapKV(limit=8, block_size=2, window=4), **config})
+    return small_engine(**{"pruning": snapkv(limit=8, block_size=2, window=4), **config})
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
@@ -279,8 +280,9 @@ def test_a_pruned_prompt_holds_what_it_keeps(depth):
     key = engine.add(range(1, 41), max_tokens=20, stops=frozenset())
     assert len(engine.schedule().prunes) == 0, "32 of 40 tokens"
     step = engine.schedule()
-    assert (step.chunks[1], step.prunes[0].num_kept, len(step.prunes[0].block_table)) == (8, 8, 4)
-    assert engine.scheduler.blocks.num_free_blocks == 64 - 4
+    [prune] = step.prunes
+    assert (chunk_sizes(step), prune.row, prune.num_kept, len(prune.block_tables[0])) == ([8], 0, 8, 4)
+    assert engine.scheduler.num_free_blocks == 64 - 4
     again = engine.add(range(1, 41), max_tokens=1)
     engine.drain(depth)
     assert engine.updates[again][0].num_cached_tokens == 36, "all whole blocks before the window"
@@ -302,20 +304,20 @@ def test_what_is_not_pruned():
 def test_the_last_chunk_holds_the_window():
     engine = pruned_engine(max_num_batched_tokens=14, max_num_seqs=2)
     engine.add(range(1, 31), max_tokens=1)
-    sizes = [engine.schedule().chunks[1], engine.schedule().chunks[1]]
+    sizes = chunk_sizes(engine.schedule()) + chunk_sizes(engine.schedule())
     engine.update()
-    sizes.append(engine.schedule().chunks[1])
+    sizes += chunk_sizes(engine.schedule())
     assert sizes == [14, 12, 4], "not 14, 14, 2"
     engine.drain(1)
 
 
 def test_a_step_prunes_so_many_at_most():
     """Whole prompts that one step could hold: some wait, all but their windows computed, and lose nothing."""
-    engine = pruned_engine(num_blocks=512, max_num_seqs=20, max_num_batched_tokens=400)
+    engine = pruned_engine(num_blocks=[512], max_num_seqs=20, max_num_batched_tokens=400)
     keys = [engine.add([1 + i] * 12, max_tokens=3, stops=frozenset()) for i in range(20)]
     first, second = engine.schedule(), engine.schedule()
     assert [len(first.prunes), len(second.prunes)] == [MAX_PRUNES, 20 - MAX_PRUNES]
-    assert first.chunks[1::2] == [12] * MAX_PRUNES + [8] * (20 - MAX_PRUNES)
+    assert chunk_sizes(first) == [12] * MAX_PRUNES + [8] * (20 - MAX_PRUNES)
     engine.drain(2)
     assert all(engine.updates[key][0].num_pruned_tokens == 4 for key in keys)
 
@@ -330,10 +332,10 @@ def test_a_step_prunes_so_many_at_most():
 def test_preemption_after_pruning_changes_no_output(lengths, depth, window, block_size):
     """The cache has room for one sequence; those that are preempted are pruned again, and go on."""
     engine = small_engine(
-        num_blocks=-(-52 // block_size),
+        num_blocks=[-(-52 // block_size)],
         block_size=block_size,
         max_model_len=48,
-        pruning=SnapKV(limit=6, block_size=block_size, window=window),
+        pruning=snapkv(limit=6, block_size=block_size, window=window),
     )
     for i, length in enumerate(lengths):
         engine.add([1 + i % 3] * length, max_tokens=20, stops=frozenset(), variant=i % 2)
@@ -347,19 +349,19 @@ def test_more_sequences_fit():
 
     def together(**config) -> int:
         engine = small_engine(
-            num_blocks=220, block_size=2, max_model_len=128, max_num_seqs=64, max_num_batched_tokens=256, **config
+            num_blocks=[220], block_size=2, max_model_len=128, max_num_seqs=64, max_num_batched_tokens=256, **config
         )
         for i in range(40):
             engine.add([1 + i % 3, *[2 + i] * 99], max_tokens=20, stops=frozenset())
         most = 0
         while engine.scheduler.sequences or engine.answers:
             if len(engine.answers) < 2 and (step := engine.schedule()):
-                most = max(most, len(step.decode_lanes))
+                most = max(most, step.num_decodes)
             else:
                 engine.update()
         return most
 
-    gain = together(pruning=SnapKV(limit=10, block_size=2, window=4)) / together()
+    gain = together(pruning=snapkv(limit=10, block_size=2, window=4)) / together()
     assert gain >= 0.8 * (100 + 20) / (10 + 20)
 
 
@@ -387,7 +389,7 @@ def test_an_answer_out_of_turn_is_refused():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"num_blocks": 31}, "KV cache must hold at least one sequence of max_model_len"),
+        ({"num_blocks": [64, 31]}, "KV cache must hold at least one sequence of max_model_len"),
         ({"max_num_batched_tokens": 7}, "max_num_batched_tokens must be at least max_num_seqs"),
     ],
 )

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import zmq
 
-from rayllm.messages.step import ClientGone, Ended, Stop
+from rayllm.messages.base import Stop
+from rayllm.messages.sequences import ClientGone, Ended
 from rayllm.messages.transport import NEW_S, Address, Receiver, Sender, remove_abandoned
 
 
@@ -65,7 +66,7 @@ def test_only_who_was_told_the_key_gets_in(inbox: Receiver):
 
 PEER = """
 import sys, time
-from rayllm.messages.step import Stop
+from rayllm.messages.base import Stop
 from rayllm.messages.transport import Receiver
 inbox = Receiver(Stop, "127.0.0.1")
 print(inbox.local, inbox.remote, sep="\\n", flush=True)
