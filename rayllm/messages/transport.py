@@ -34,10 +34,10 @@ HEARTBEAT_MS = 5_000
 
 
 class Address(msgspec.Struct, frozen=True):
-    """Of an inbox that other nodes may reach."""
+    """Where an inbox is, for senders on its node and on others."""
 
     node_id: str
-    """Of Ray."""
+    """Ray's id of the inbox's node."""
     local: str
     remote: str | None
 

@@ -187,7 +187,7 @@ def test_the_end_of_the_object_closes(model_paths, engine_pool):
 
 
 def test_two_engines_at_once(engines, own_engine, reference, rng):
-    """Of different models, in one process and on one host."""
+    """Engines of different models run in one process and on one host."""
     first, second = engines("qwen2", 1, **TIGHT), own_engine(1)
     prompts = [[rng.randrange(199) for _ in range(rng.randint(1, 60))] for _ in range(12)]
     outputs: dict[str, list[list[int]]] = {}

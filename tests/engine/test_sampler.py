@@ -268,7 +268,7 @@ def check_logprobs(expected: np.ndarray, token_id: int, entry: dict[int, float],
 
 @SETUPS
 def test_logprobs(engines, reference, rng, tensor_parallel_size: int, config: dict[str, Any]):
-    """Of raw logits, whatever the sampling; of chunked prompts, and beside requests that want none."""
+    """They are those of raw logits, whatever the sampling; of chunked prompts, and beside requests that want none."""
     llm = engines("llama", tensor_parallel_size, **config)
     wanted = [(5, 3), (None, None), (0, None), (None, 0), (2, 20), (1, None), (None, 4)] * 2
     prompts = [random_prompt(rng, rng.randint(2, 60)) for _ in wanted]

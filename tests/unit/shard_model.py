@@ -63,7 +63,7 @@ class Lane:
     """Positions of the prompt that a pruned lane has KV of, by slot."""
 
     def positions(self, end: int) -> list[int]:
-        """Of the lane's slots, in order, when all before `end` is computed."""
+        """The token position that each of the lane's slots holds, in order, when all before `end` is computed."""
         if self.kept is None:
             return list(range(end))
         return self.kept + list(range(self.start.num_prompt_tokens, end))

@@ -105,7 +105,7 @@ class BlockMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.sequences)
     @rule(data=st.data(), number=st.integers(1, 6))
     def compute(self, data, number):
-        """Of known tokens, and of one that is not known yet."""
+        """Computes known tokens, and one that is not known yet."""
         seq = data.draw(st.sampled_from(self.sequences))
         seq.num_computed_tokens = min(seq.num_computed_tokens + number, len(seq.token_ids) + 1)
         while seq.num_computed_tokens > len(blocks_of(seq)) * self.block_size:

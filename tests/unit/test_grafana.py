@@ -20,7 +20,7 @@ QUERIES: list[str] = [target["expr"] for target in TARGETS] + [DASHBOARD["templa
 
 @pytest.fixture(scope="module")
 def labels() -> dict[str, set[str]]:
-    """Of each sample of an exposition in which every metric has a value, by the sample's name."""
+    """The labels of each sample of an exposition in which every metric has a value, by the sample's name."""
     metrics = ServiceMetrics()
     for metric in vars(metrics).values():
         match metric:
