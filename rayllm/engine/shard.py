@@ -78,7 +78,6 @@ class Shard:
         node_id = ray.get_runtime_context().get_node_id()
         shared = numbers, DTYPES[config.dtype]
         tp = parallel.join(self.rank, config.tensor_parallel_size, store, self.device, node_id, shared)
-        warm_up.import_attention(self.device, config, source.config)
         self.model = load_model(config, source, tp, self.device, self._tracker.track)
         self._tracker.stage("compiling kernels")
         warm_up.compile_kernels(self.model)
