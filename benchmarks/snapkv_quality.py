@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from rayllm import LLM, SamplingParams
 from rayllm.checkpoint.sources import ModelSource, resolve_model
-from rayllm.config import EngineConfig
+from rayllm.config import EngineArgs
 from rayllm.frontend.tokenizer import Tokenizer
 from rayllm.messages.step import LaneStart, Prune, StepInput, pack_ids
 from rayllm.runner.cuda_graphs import ModelOutput
@@ -145,12 +145,10 @@ class Runner(ModelRunner):
     """A shard's runner with one sequence at a time, whose logits can be seen."""
 
     def __init__(self, model: str, source: ModelSource):
-        config = EngineConfig(model=model, **ENGINE).resolved(
-            device="cpu", model_dtype=source.config.dtype, model_max_len=source.config.max_position_embeddings
-        )
+        config = EngineArgs(model=model, **ENGINE).resolve(source.config, "cpu")
         super().__init__(config, source, TensorParallel(), open_device("cpu", [], 1))
         self.load()
-        self.num_blocks = config.max_model_len // config.block_size  # type: ignore[operator]
+        self.num_blocks = config.max_model_len // config.block_size
         self.allocate(2 * self.num_blocks)
 
     def _forward(self, inputs: ModelInput, logits_out: Tensor | None = None) -> ModelOutput:

@@ -1,6 +1,6 @@
-"""All use of what Ray does not promise to keep: one small function for each contract, none of which is used elsewhere.
+"""All use of what Ray does not promise to keep, one small function for each contract.
 
-`tests/engine/test_ray_private.py` exercises every one by name, so that a new version of Ray that breaks one fails there.
+`tests/engine/test_ray_private.py` exercises each by name, so that a version of Ray that breaks one fails there.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def is_client() -> bool:
 
 
 def is_worker() -> bool:
-    """Whether this process, which is connected, is a task's or actor's. Contract: the runtime context's `worker.mode`."""
+    """Whether this process, connected to Ray, is a task's or actor's. Contract: the runtime context's `worker.mode`."""
     return bool(ray.get_runtime_context().worker.mode == ray.WORKER_MODE)
 
 
