@@ -43,7 +43,7 @@ class ServedModel(NamedModel):
     )
     prefix_routing: bool = option(
         True,
-        "Of several engines, send a choice to the one where its prompt's beginning was, or its session belongs, unless "
+        "Send a choice to the one of several engines where its prompt's beginning was, or its session belongs, unless "
         "that one is busier.",
     )
     max_queued_requests: int = option(
