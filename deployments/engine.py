@@ -90,10 +90,12 @@ class EngineReplica:
                 "as tensor_parallel_size says; leave placement_group_bundles out",
                 "placement_group_bundles",
             )
-        launcher = Launcher(config, source, group)
-        self.engine = await loop.run_in_executor(
-            None, lambda: Engine(launcher, progress=False, report=self._report, max_restarts=0)
-        )  # it is Serve that restarts the replica
+
+        def start() -> Engine:
+            launcher = Launcher(config, source, group)
+            return Engine(launcher, progress=False, report=self._report, max_restarts=0)  # Serve restarts the replica
+
+        self.engine = await loop.run_in_executor(None, start)
         self._capacity = self.engine.info.num_blocks * config.block_size
         queued = model.max_queued_tokens
         self._max_tokens = self._capacity + (4 * self._capacity if queued is None else queued)

@@ -35,7 +35,7 @@ def build_app(arguments: dict[str, Any]) -> serve.Application:
 
 
 def build(arguments: dict[str, Any]) -> serve.Application:
-    """As `build_app`, but raises `UsageError`."""
+    """The application of these arguments. Raises `UsageError`."""
     return bind(*find_models(arguments))
 
 

@@ -52,6 +52,8 @@ class AsyncLLM:
         Raises `UsageError` for what cannot work with this model and cluster, and `EngineDeadError` when a process of
         the engine fails.
         """
+        if self._client is not None:
+            raise UsageError("this engine has been started before: make another")
         args = self._args
         source = resolve_model(args.model, args.load_format, progress=self._progress)
         self.tokenizer = load_tokenizer(args, source)

@@ -68,7 +68,8 @@ class LLM:
             sampling_params = [sampling_params or SamplingParams()] * len(prompt_list)
         if len(sampling_params) != len(prompt_list):
             raise UsageError(
-                f"{len(sampling_params)} sampling params for {len(prompt_list)} prompts: give one, or one for each"
+                f"{len(sampling_params)} sampling params for {len(prompt_list)} prompts: give one, or one for each",
+                "sampling_params",
             )
         token_ids = [self.async_llm.client.prepare(p, s) for p, s in zip(prompt_list, sampling_params, strict=True)]
         with _Rates(len(prompt_list), use_tqdm) as rates:

@@ -20,6 +20,7 @@ def count_blocks(config: EngineConfig, model: ModelConfig, device: Device, activ
     `activation_bytes` is what the largest step needs beside them. Raises `UsageError` with both numbers when one
     sequence of `max_model_len` tokens does not fit.
     """
+    assert config.max_model_len is not None
     token_bytes = model.kv_bytes_per_token(DTYPES[config.dtype].itemsize, config.tensor_parallel_size)
     needed = -(-config.max_model_len // config.block_size)
     if config.num_gpu_blocks_override is not None:
