@@ -12,7 +12,7 @@ import pytest
 from shard_model import decode_lanes, rows_of
 
 from rayllm.checkpoint.sources import ModelSource
-from rayllm.config import EngineConfig
+from rayllm.config import EngineArgs
 from rayllm.engine.driver import SHORT_STEP_S, STEPS_IN_FLIGHT, Driver
 from rayllm.errors import EngineDeadError
 from rayllm.messages.base import Stop, pack_ids
@@ -41,9 +41,6 @@ TIMEOUT_S = 10
 SILENCE_S = 0.2
 """So long nothing may come where nothing should."""
 
-CONFIG = EngineConfig(model="m", max_num_seqs=4, max_model_len=64, block_size=4).resolved(
-    device="cpu", model_dtype="float32", model_max_len=64
-)
 MODEL = ModelConfig(
     model_type="llama",
     vocab_size=10,
@@ -55,6 +52,7 @@ MODEL = ModelConfig(
     head_dim=8,
     eos_token_ids=(EOS,),
 )
+CONFIG = EngineArgs(model="m", max_num_seqs=4, max_model_len=64, block_size=4).resolve(MODEL, "cpu")
 
 
 class Inbox:
