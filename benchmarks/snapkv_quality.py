@@ -28,11 +28,11 @@ from rayllm.checkpoint.sources import ModelSource, resolve_model
 from rayllm.config import EngineConfig
 from rayllm.frontend.tokenizer import Tokenizer
 from rayllm.messages.step import LaneStart, Prune, StepInput, pack_ids
+from rayllm.models.parallel import TensorParallel
 from rayllm.runner.cuda_graphs import ModelOutput
 from rayllm.runner.device import open_device
 from rayllm.runner.executor import ModelRunner
 from rayllm.runner.model_input import ModelInput
-from rayllm.runner.parallel import TensorParallel
 from rayllm.scheduling.pruning import PruningPolicy, SnapKV, Streaming
 
 KEPT = {"50 %": 0.5, "25 %": 0.25, "12.5 %": 0.125}

@@ -24,14 +24,14 @@ from rayllm.checkpoint.sources import ModelSource
 from rayllm.checkpoint.weights import load_weights
 from rayllm.config import SINKS, EngineConfig
 from rayllm.messages.step import LaneStart, Logprobs, PromptLogprobs, Prune, StepInput, StepOutput, StepTimes, pack_ids
-from rayllm.models import build_model
+from rayllm.models.decoder import build_model
+from rayllm.models.parallel import TensorParallel
 from rayllm.progress import Track, untracked
 from rayllm.runner import kv_cache, precompile
 from rayllm.runner.cuda_graphs import ModelOutput, StepGraphs, graph_shapes
 from rayllm.runner.device import DTYPES, Device, HostCopies, Stopwatch
 from rayllm.runner.lanes import Lanes
 from rayllm.runner.model_input import ModelInput, Rows, Shape, pack, pack_padding, take_rows, unpack
-from rayllm.runner.parallel import TensorParallel
 from rayllm.runner.sampler import LogprobTensors, Sampler, top_logprobs
 from rayllm.sampling_params import SamplingParams
 from rayllm.scheduling.pruning import MAX_PRUNES, make_policy

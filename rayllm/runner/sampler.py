@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from rayllm_kernels import filter_logits, sample_gumbel
 
+from rayllm.models.parallel import TensorParallel
 from rayllm.runner.lanes import Lanes
-from rayllm.runner.parallel import TensorParallel
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from rayllm import LLM, SamplingParams, UsageError
 from rayllm.checkpoint.sources import resolve_model
 from rayllm.config import EngineConfig
 from rayllm.messages.step import LaneStart, Prune, StepInput, pack_ids
+from rayllm.models.parallel import TensorParallel
 from rayllm.runner import executor as model_runner
 from rayllm.runner.device import open_device
 from rayllm.runner.executor import ModelRunner
-from rayllm.runner.parallel import TensorParallel
 
 WINDOW = 8
 PRUNING: dict[str, Any] = {"enable_snapkv": True, "snapkv_limit": 24, "snapkv_attn_sample_queries": WINDOW}

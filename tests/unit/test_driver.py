@@ -34,7 +34,7 @@ from rayllm.messages.step import (
     pack_ids,
 )
 from rayllm.messages.transport import Receiver, Sender
-from rayllm.model_config import ModelConfig
+from rayllm.model_config import LayerConfig, ModelConfig
 from rayllm.sampling_params import SamplingParams
 from rayllm.scheduling.scheduler import Scheduler
 
@@ -52,7 +52,7 @@ MODEL = ModelConfig(
     vocab_size=10,
     hidden_size=8,
     intermediate_size=8,
-    num_hidden_layers=1,
+    layers=(LayerConfig(),),
     num_attention_heads=1,
     num_key_value_heads=1,
     head_dim=8,
