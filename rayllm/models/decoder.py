@@ -170,9 +170,9 @@ class Decoder(nn.Module):
 
     def pack(self) -> None:
         """Makes the loaded weights ready for speed; they cannot be loaded again."""
-        for module in list(self.modules()):
-            if isinstance(module, ColumnParallelLinear | RowParallelLinear | VocabParallelHead):
-                module.pack()
+        kinds = ColumnParallelLinear | RowParallelLinear | VocabParallelHead
+        for module in [module for module in self.modules() if isinstance(module, kinds)]:
+            module.pack()  # one by one: what is packed is free before the next
 
     def weight_slices(self) -> Iterator[WeightSlice]:
         """Every parameter of this rank, and what it takes of a checkpoint with Hugging Face's names."""

@@ -15,10 +15,11 @@ from rayllm_kernels.rope import apply_rope_reference
 from rayllm.checkpoint.sources import resolve_model
 from rayllm.checkpoint.weights import load_weights
 from rayllm.errors import UsageError
-from rayllm.model_config import ModelConfig
+from rayllm.model_config import KVGroup, ModelConfig
 from rayllm.models.config_json import read_config
 from rayllm.models.decoder import build_model
-from rayllm.models.layers import rope_table
+from rayllm.models.layers import RowParallelLinear, Split, rope_table
+from rayllm.models.layers.formats import Blocked, Format, Plain
 from rayllm.models.parallel import TensorParallel
 
 SIZES = {
@@ -90,6 +91,31 @@ def checkpoints(tmp_path_factory):
 def test_logits_equal_transformers(checkpoints, name):
     folder, token_ids, expected = checkpoints[name]
     torch.testing.assert_close(logits_of(folder, token_ids), expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_packed_weights_give_the_same_logits(checkpoints, name):
+    folder, token_ids, expected = checkpoints[name]
+    source = resolve_model(str(folder))
+    model = build_model(source.config, TensorParallel(), "cpu", torch.float32, max_model_len=256)
+    load_weights(model, source, TensorParallel())
+    model.pack()
+    assert {type(module) for module in model.modules() if isinstance(module, Format)} == {Blocked}
+    with torch.inference_mode():
+        hidden = model(token_ids, torch.arange(len(token_ids)), attend)
+        logits = model.compute_logits(hidden)
+        out = torch.empty_like(logits)
+        assert model.compute_logits(hidden, out) is out
+    torch.testing.assert_close(logits, expected, **TOLERANCE)
+    assert torch.equal(out, logits)
+    with pytest.raises(TypeError, match="cannot be loaded again"):
+        list(model.weight_slices())
+
+
+def test_weights_that_are_not_packed():
+    """Only float32 on a CPU is copied."""
+    plain = Plain.empty(8, 16, bias=True, dtype=torch.bfloat16)
+    assert plain.pack() is plain
 
 
 def run_rank(rank, size, folder, checkpoints):
@@ -175,6 +201,35 @@ def test_unsupported_configs_are_refused(changes, message):
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("layer_types", "message"),
+    [
+        (["full_attention", "chunked_attention", "full_attention"], "unsupported layer_types chunked_attention"),
+        (["full_attention"], "layer_types are 1, but num_hidden_layers is 3"),
+    ],
+)
+def test_unsupported_layers_are_refused(layer_types, message):
+    with pytest.raises(UsageError, match=message):
+        read_config({"model_type": "qwen3", "vocab_size": 99, **SIZES, "layer_types": layer_types})
+
+
+def test_layers_that_share_a_cache():
+    """A window does not part them, since contexts stay within it."""
+    config = read_config(
+        {
+            "model_type": "qwen3",
+            "vocab_size": 99,
+            **SIZES,
+            "use_sliding_window": True,
+            "sliding_window": 100,
+            "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        }
+    )
+    assert [layer.window for layer in config.layers] == [None, 100, None]
+    assert config.max_model_len == 100
+    assert config.kv_groups == (KVGroup((0, 1, 2)),)
+
+
 def test_sliding_windows():
     def window(**changes):
         config = read_config({"vocab_size": 9, **SIZES, **changes})
@@ -231,3 +286,30 @@ def test_dummy_weights(tmp_path):
         else:
             assert 0.015 < parameter.float().std() < 0.025
             assert not torch.equal(parameter, other[name])
+
+
+def test_sums_are_where_the_caller_says():
+    """A sum that is written elsewhere than the ranks share, or there untold, is refused before it is summed."""
+    tp = TensorParallel(0, 2, shared=torch.zeros(1 << 18))
+    x = torch.zeros(256, 8)
+    assert tp.summand(x[:10], 512) is None  # too small to be worth it
+    assert tp.summand(x, 2048) is None  # too large for the memory
+    summand = tp.summand(x, 1024)
+    assert summand.shape == (256, 1024) and summand.data_ptr() == tp.shared.data_ptr()
+    for wrong, in_summand in [(summand, False), (summand[:1], False), (summand.clone(), True), (summand[1:], True)]:
+        with pytest.raises(RuntimeError, match="where a summand is written"):
+            tp.all_reduce(wrong, in_summand=in_summand)
+    with pytest.raises(RuntimeError, match="not where a summand is written"):
+        TensorParallel(0, 2).all_reduce(x, in_summand=True)
+
+
+def test_a_linear_that_writes_elsewhere_than_its_summand():
+    class Elsewhere(Plain):
+        def linear(self, x, out=None):
+            return super().linear(x)
+
+    tp = TensorParallel(0, 2, shared=torch.zeros(1 << 18))
+    linear = RowParallelLinear("down_proj", Split.even(32, 0, 2), 1024, tp, bias=False, dtype=torch.float32)
+    linear.format = Elsewhere(linear.format.weight)
+    with pytest.raises(RuntimeError, match="not where a summand is written"):
+        linear(torch.zeros(256, 16))
