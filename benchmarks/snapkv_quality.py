@@ -31,12 +31,12 @@ from rayllm.config import EngineArgs
 from rayllm.frontend.tokenizer import Tokenizer
 from rayllm.messages.base import pack_ids
 from rayllm.messages.step import LaneStart, Prune, StepInput
+from rayllm.models.parallel import TensorParallel
 from rayllm.runner.cuda_graphs import ModelOutput
 from rayllm.runner.device import open_device
 from rayllm.runner.executor import Executor
 from rayllm.runner.loading import load_model
 from rayllm.runner.model_input import ModelInput
-from rayllm.runner.parallel import TensorParallel
 from rayllm.runner.pruning import SCORES, Pruner
 from rayllm.scheduling.pruning import PruningPolicy, snapkv, streaming
 

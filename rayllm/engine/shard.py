@@ -60,16 +60,16 @@ class Shard:
 
     def open_store(self) -> tuple[str, int]:
         """On rank 0: opens the store where the ranks meet; returns its host and port."""
-        from rayllm.runner import parallel
+        from rayllm.runner import process_group
 
         self._tracker.stage("importing torch")
-        self._store = parallel.open_store(local_host(), self.config.tensor_parallel_size)
+        self._store = process_group.open_store(local_host(), self.config.tensor_parallel_size)
         return self._store.host, self._store.port
 
     def load(self, store: tuple[str, int] | None) -> list[int]:
         """Joins the other ranks, loads the weights; returns how many blocks of each KV group there is room for."""
         self._tracker.stage("importing torch")
-        from rayllm.runner import parallel, warm_up
+        from rayllm.runner import process_group, warm_up
         from rayllm.runner.device import DTYPES, open_device
         from rayllm.runner.loading import load_model
 
@@ -82,7 +82,7 @@ class Shard:
         numbers = config.max_num_batched_tokens * source.config.hidden_size
         node_id = ray.get_runtime_context().get_node_id()
         shared = numbers, DTYPES[config.dtype]
-        tp = parallel.join(self.rank, config.tensor_parallel_size, store, self.device, node_id, shared)
+        tp = process_group.join(self.rank, config.tensor_parallel_size, store, self.device, node_id, shared)
         self.model = load_model(config, source, tp, self.device, self._tracker.track)
         self._tracker.stage("compiling kernels")
         warm_up.compile_kernels(self.model)

@@ -13,9 +13,9 @@ from rayllm.checkpoint.weights import load_weights
 from rayllm.config import EngineConfig
 from rayllm.model_config import ModelConfig
 from rayllm.models.decoder import Decoder, build_model
+from rayllm.models.parallel import TensorParallel
 from rayllm.progress import Track, untracked
 from rayllm.runner.device import DTYPES, Device
-from rayllm.runner.parallel import TensorParallel
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ from rayllm.checkpoint.sources import resolve_model
 from rayllm.config import EngineArgs
 from rayllm.messages.base import pack_ids
 from rayllm.messages.step import LaneStart, Prune, StepInput
+from rayllm.models.parallel import TensorParallel
 from rayllm.runner import pruning
 from rayllm.runner.device import open_device
 from rayllm.runner.executor import Executor
 from rayllm.runner.loading import load_model
-from rayllm.runner.parallel import TensorParallel
 
 WINDOW = 8
 PRUNING: dict[str, Any] = {"enable_snapkv": True, "snapkv_limit": 24, "snapkv_attn_sample_queries": WINDOW}

@@ -31,7 +31,7 @@ from rayllm.messages.sequences import (
 )
 from rayllm.messages.step import ShardFailed, StepInput, StepOutput, StepTimes
 from rayllm.messages.transport import Receiver, Sender
-from rayllm.model_config import ModelConfig
+from rayllm.model_config import LayerConfig, ModelConfig
 from rayllm.sampling_params import SamplingParams
 from rayllm.scheduling.scheduler import Scheduler
 
@@ -46,7 +46,7 @@ MODEL = ModelConfig(
     vocab_size=10,
     hidden_size=8,
     intermediate_size=8,
-    num_hidden_layers=1,
+    layers=(LayerConfig(),),
     num_attention_heads=1,
     num_key_value_heads=1,
     head_dim=8,

@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 
 from rayllm.config import EngineArgs
-from rayllm.model_config import ModelConfig
+from rayllm.models.config_json import read_config
 from rayllm.runner import precompile
 
 SIZES = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
-MODEL = ModelConfig.from_hf({"model_type": "llama", "vocab_size": 64, "num_hidden_layers": 1, **SIZES})
+MODEL = read_config({"model_type": "llama", "vocab_size": 64, "num_hidden_layers": 1, **SIZES})
 
 
 @pytest.fixture(autouse=True)
