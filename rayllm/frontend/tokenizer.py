@@ -100,12 +100,12 @@ class Tokenizer:
         from jinja2 import TemplateError
 
         if not (self._hf.chat_template or kwargs.get("chat_template")):
-            raise UsageError("this model has no chat template: use the completions API, or pass chat_template")
+            raise UsageError("this model has no chat template: use the completions API, or pass chat_template", "messages")
         kwargs = {"add_generation_prompt": not kwargs.get("continue_final_message")} | kwargs
         try:
             text = self._hf.apply_chat_template(messages, tokenize=False, **kwargs)
         except (TemplateError, ValueError, TypeError, KeyError) as error:
-            raise UsageError(f"the chat template refuses these messages: {error}") from error
+            raise UsageError(f"the chat template refuses these messages: {error}", "messages") from error
         return self.encode(text, add_special_tokens=False)  # the template writes them itself
 
 

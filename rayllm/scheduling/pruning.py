@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from rayllm.config import EngineConfig
+from rayllm.sampling_params import SnapkvLimit
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +28,7 @@ class PruningPolicy(Protocol):
     def pool_width(self) -> int:
         """Scores are max-pooled over so many neighbouring keys."""
 
-    def num_kept(self, num_prompt_tokens: int, limit: int | None) -> int:
+    def num_kept(self, num_prompt_tokens: int, limit: SnapkvLimit | None) -> int:
         """How many of a prompt's tokens are kept, with the request's `snapkv_limit`; 0: the prompt is not pruned."""
 
     def score(
@@ -45,11 +46,11 @@ class _Limited:
     limit: int
     block_size: int
 
-    def num_kept(self, num_prompt_tokens: int, limit: int | None) -> int:
+    def num_kept(self, num_prompt_tokens: int, limit: SnapkvLimit | None) -> int:
         """The limit, unless less than one block would be saved."""
-        if limit is None:
+        if limit == "all":
             return 0
-        kept = min(limit or self.limit, self.limit)
+        kept = self.limit if limit is None else min(limit, self.limit)
         saved = -(-num_prompt_tokens // self.block_size) - -(-kept // self.block_size)
         return kept if saved > 0 else 0
 
