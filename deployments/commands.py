@@ -46,6 +46,4 @@ def _batch(options: argparse.Namespace) -> None:
 
 
 SERVE = Command("serve", "Serves a model over HTTP, as OpenAI's API.", _add_serve, _serve)
-BATCH = Command(
-    "batch", "Answers all rows of files; started again, those that have no answer yet.", _add_batch, _batch
-)
+BATCH = Command("batch", "Answers all rows of files; started again, those that have no answer yet.", _add_batch, _batch)

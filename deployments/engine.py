@@ -8,15 +8,14 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-import msgspec
 import ray
 from ray import serve
-from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 from ray.serve.config import RequestRouterConfig
 
 from deployments.config import ApiConfig, ServedModel, engine_config, scaling
 from deployments.metrics import EngineGauges
 from deployments.router import PrefixRouter
+from deployments.startup import failure_told, write_progress
 from rayllm.checkpoint.sources import ModelSource
 from rayllm.engine.driver import EngineStats
 from rayllm.engine.engine import Engine
@@ -32,7 +31,6 @@ logger = logging.getLogger("ray.serve")
 HEALTH_MARGIN_S = 5
 """A check may wait for a stuck driver's answer until that counts as dead; only then Serve should."""
 STATUS_TIMEOUT_S = 1.5
-PROGRESS_NAMESPACE = b"rayllm"
 
 
 @dataclass(frozen=True)
@@ -57,24 +55,19 @@ class EngineStatus:
     num_blocks: int
 
 
-def write_progress(name: str, progress: Progress) -> None:
-    """For whoever waits for the engine of model `name`: a replica that starts cannot be called yet."""
-    _internal_kv_put(name, msgspec.json.encode(progress), overwrite=True, namespace=PROGRESS_NAMESPACE)
-
-
-def read_progress(name: str) -> Progress | None:
-    found = _internal_kv_get(name, namespace=PROGRESS_NAMESPACE)
-    return msgspec.json.decode(found, type=Progress) if found else None
-
-
 class EngineReplica:
     """Admits sequences to its engine; its health is the engine's."""
 
     async def __init__(self, model: ServedModel, source: ModelSource):  # type: ignore[misc]  # Serve awaits it
+        context = serve.get_replica_context()
         self.model = model
-        self._id = serve.get_replica_context().replica_id.unique_id
+        self._id, self._app = context.replica_id.unique_id, context.app_name
         self._stage = ""
-        loop = asyncio.get_running_loop()
+        with failure_told(self._app):
+            await self._start(source)
+
+    async def _start(self, source: ModelSource) -> None:
+        model, loop = self.model, asyncio.get_running_loop()
         group = ray.util.get_current_placement_group()
         if (reserved := group and group.bundle_specs) != bundles_of(model):
             raise UsageError(
@@ -98,7 +91,7 @@ class EngineReplica:
         if progress.stage != self._stage:
             self._stage = progress.stage
             logger.info(f"{self.model.name}: {progress.stage}")
-        write_progress(self.model.name, progress)
+        write_progress(self._app, progress)
 
     async def _produce_a_token(self, source: ModelSource) -> None:
         client = Client(self.engine, self.engine.config, source.config, tokenizer=None)

@@ -11,17 +11,24 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
-MAX_CHOICES = 128
-MAX_PROMPTS = 128
-MAX_LOGPROBS = 20
-MAX_STOPS = 16
-MAX_STOP_CHARS = 256
-MAX_ID = 2**31 - 1
+from rayllm import sampling_params as sampling
 
-TokenId = Annotated[int, Meta(ge=0, le=MAX_ID)]
-Logit = Annotated[float, Meta(ge=-100, le=100)]
-StopString = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_CHARS)]
-NumTokens = Annotated[int, Meta(ge=1, le=MAX_ID)]
+# What a client may ask for is what `SamplingParams` take, except for these.
+Temperature = Annotated[float, Meta(ge=0, le=2)]
+"""As OpenAI has it: clients that send more mean something else."""
+NumLogprobs = Annotated[int, Meta(ge=0, le=20)]
+"""As OpenAI has it: each is spelled out as text in the answer."""
+MAX_PROMPTS = 128
+"""Prompts of one request."""
+MAX_STOPS = 16
+"""Stop strings, or stop tokens, of one request: each is looked for after every token."""
+MAX_CHARS = 256
+"""Longest stop string, and longest `cache_salt`."""
+
+StopString = Annotated[str, Meta(min_length=1, max_length=MAX_CHARS)]
+LogitBias = Annotated[
+    sampling.LogitBias, Meta(extra_json_schema={"propertyNames": {"pattern": "^(0|[1-9][0-9]{0,8})$"}})
+]
 
 
 class Body(msgspec.Struct, forbid_unknown_fields=True):
@@ -33,35 +40,32 @@ class StreamOptions(Body):
 
 
 class GenerationRequest(Body, kw_only=True):
-    """What both kinds of completion take."""
+    """What both kinds of completion take. A field that is null is as if it were absent."""
 
     model: str
-    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
-    n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = None
+    temperature: Temperature | None = None
+    top_p: sampling.TopP | None = None
+    n: sampling.NumChoices | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     stop: StopString | Annotated[list[StopString], Meta(max_length=MAX_STOPS)] | None = None
-    max_tokens: NumTokens | None = None
-    presence_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
-    frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
-    logit_bias: (
-        Annotated[dict[TokenId, Logit], Meta(extra_json_schema={"propertyNames": {"pattern": "^(0|[1-9][0-9]{0,8})$"}})]
-        | None
-    ) = None
-    seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
+    max_tokens: sampling.MaxTokens | None = None
+    presence_penalty: sampling.Penalty | None = None
+    frequency_penalty: sampling.Penalty | None = None
+    logit_bias: LogitBias | None = None
+    seed: sampling.Seed | None = None
     user: str | None = None
-    top_k: Annotated[int, Meta(ge=-1, le=MAX_ID)] | None = None
-    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Meta(gt=0, le=100)] | None = None
-    min_tokens: Annotated[int, Meta(ge=0, le=MAX_ID)] | None = None
+    top_k: sampling.TopK | None = None
+    min_p: sampling.MinP | None = None
+    repetition_penalty: sampling.RepetitionPenalty | None = None
+    min_tokens: sampling.MinTokens | None = None
     ignore_eos: bool | None = None
-    stop_token_ids: Annotated[list[TokenId], Meta(max_length=MAX_STOPS)] | None = None
+    stop_token_ids: Annotated[list[sampling.TokenId], Meta(max_length=MAX_STOPS)] | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
-    snapkv_limit: Annotated[int, Meta(ge=0, le=MAX_ID)] | UnsetType | None = UNSET
-    """Prompt tokens that keep their KV, where the model is served with SnapKV; null: all."""
-    cache_salt: Annotated[str, Meta(min_length=1, max_length=MAX_STOP_CHARS)] | None = None
+    snapkv_limit: sampling.SnapkvLimit | None = None
+    """Prompt tokens that keep their KV, where the model is served with SnapKV; "all": nothing is pruned."""
+    cache_salt: Annotated[str, Meta(min_length=1, max_length=MAX_CHARS)] | None = None
     """Requests share cached prompts only with those of the same salt."""
 
 
@@ -83,7 +87,7 @@ class CompletionRequest(GenerationRequest, kw_only=True):
     ]
     """Checked by `prompts_of`: a union of lists is beyond msgspec."""
     echo: bool | None = None
-    logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
+    logprobs: NumLogprobs | None = None
 
 
 class TextPart(Body, tag_field="type", tag="text"):
@@ -141,9 +145,9 @@ ChatMessage = SystemMessage | DeveloperMessage | UserMessage | AssistantMessage 
 
 class ChatRequest(GenerationRequest, kw_only=True):
     messages: Annotated[list[ChatMessage], Meta(min_length=1)]
-    max_completion_tokens: NumTokens | None = None
+    max_completion_tokens: sampling.MaxTokens | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
+    top_logprobs: NumLogprobs | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
 
@@ -159,7 +163,7 @@ class TokenizeRequest(Body):
 
 class DetokenizeRequest(Body):
     model: str
-    tokens: list[TokenId]
+    tokens: list[sampling.TokenId]
 
 
 # ---- answers

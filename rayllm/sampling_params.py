@@ -80,7 +80,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     skip_special_tokens: bool = True
     """Whether special tokens are left out of the text."""
     snapkv_limit: SnapkvLimit | None = None
-    """Tokens of the prompt that keep their KV, where the engine prunes; None: the engine's limit; "all": all keep it."""
+    """Tokens of the prompt that keep their KV, where the engine prunes; None: the engine's limit; "all": all."""
 
     def __post_init__(self) -> None:
         try:

@@ -110,7 +110,7 @@ class Client:
         return token_ids
 
     def check(self, token_ids: Sequence[int], params: SamplingParams, field: str = "prompt") -> None:
-        """Raises `UsageError` if this engine cannot serve the prompt with `params`; `field`: what brought the prompt."""
+        """Raises `UsageError` if this engine cannot serve the prompt, which came as `field`, with `params`."""
         if not token_ids:
             raise UsageError("the prompt is empty: give at least one token", field)
         if len(token_ids) >= self.max_model_len:

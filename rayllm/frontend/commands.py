@@ -132,5 +132,7 @@ def _read_line() -> str | None:
             return None
 
 
-GENERATE = Command("generate", "Streams the answer to one prompt, then says how long it took.", _add_generate, _generate)
+GENERATE = Command(
+    "generate", "Streams the answer to one prompt, then says how long it took.", _add_generate, _generate
+)
 CHAT = Command("chat", "A conversation: Ctrl-C stops an answer, Ctrl-D ends the chat.", _add_chat, _chat)
