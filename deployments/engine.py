@@ -39,7 +39,7 @@ class Refusal:
 
     reason: str
     is_full: bool
-    """Of the queue; otherwise the engine died."""
+    """Whether the queue is full; otherwise the engine died."""
 
     def error(self) -> Exception:
         return QueueFullError(self.reason) if self.is_full else EngineDeadError(self.reason)
