@@ -211,6 +211,23 @@ def test_refusals(capsys: pytest.CaptureFixture[str], tiny_text_model: Path, smo
     assert "is no output of a batch job" in error_of(capsys, *common, *model, "--output", str(tmp_path))
 
 
+def test_an_engine_that_cannot_start(
+    engine_pool,
+    ray_cluster: str,
+    capsys: pytest.CaptureFixture[str],
+    tiny_text_model: Path,
+    smollm2: Path,
+    tmp_path: Path,
+):
+    """What its process dies of is told in one line, not as Ray Data's traceback."""
+    engine_pool.make_room(1)
+    (tmp_path / "in.jsonl").write_text('{"prompt": "a"}\n')
+    files = ["--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out"), "--address", ray_cluster]
+    model = ["--model", str(tiny_text_model), "--tokenizer", str(smollm2), "--device", "cpu"]
+    error = error_of(capsys, *files, *model, "--num-gpu-blocks-override", "3")
+    assert error.startswith("Error: not enough memory for one sequence: ")
+
+
 def test_ray_data_is_missing():
     code = "import sys; sys.modules['pyarrow'] = None; from rayllm.__main__ import main; sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, "batch", "--model", "m", "--input", "i", "--output", "o"]
