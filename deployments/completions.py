@@ -192,6 +192,8 @@ class Writer(Generic[R]):
 
 
 class CompletionWriter(Writer[CompletionRequest]):
+    """Writes continuations, after their prompts if the request says `echo`."""
+
     prefix = "cmpl"
 
     def __init__(self, *args: Any):
@@ -245,6 +247,8 @@ class CompletionWriter(Writer[CompletionRequest]):
 
 
 class ChatWriter(Writer[ChatRequest]):
+    """Writes a conversation's answers."""
+
     prefix = "chatcmpl"
 
     def __init__(self, *args: Any):

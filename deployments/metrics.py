@@ -33,6 +33,7 @@ class Counter:
         self._ray = ray_metrics.Counter(name, doc, labels)
 
     def add(self, amount: float, *labels: str) -> None:
+        """Adds to the count of these labels."""
         if amount:
             self._own.labels(*labels).inc(amount)
             self._ray.inc(amount, dict(zip(self._names, labels, strict=True)))
@@ -49,6 +50,7 @@ class Histogram:
         self._ray = ray_metrics.Histogram(name, doc, buckets, labels)
 
     def observe(self, value: float, *labels: str) -> None:
+        """Puts a value, in seconds, into its bucket of these labels."""
         self._own.labels(*labels).observe(value)
         self._ray.observe(value, dict(zip(self._names, labels, strict=True)))
 

@@ -36,6 +36,8 @@ class Body(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class StreamOptions(Body):
+    """How a stream is sent."""
+
     include_usage: bool = False
 
 
@@ -78,6 +80,8 @@ TOKEN_IDS: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"type": "
 
 
 class CompletionRequest(GenerationRequest, kw_only=True):
+    """Prompts to continue."""
+
     prompt: Annotated[
         Any,
         Meta(
@@ -91,6 +95,8 @@ class CompletionRequest(GenerationRequest, kw_only=True):
 
 
 class TextPart(Body, tag_field="type", tag="text"):
+    """A part of a message's content; there are no parts but text."""
+
     text: str
 
 
@@ -98,29 +104,41 @@ Content = str | list[TextPart]
 
 
 class Function(Body):
+    """The function that a tool call names, with its arguments as JSON text."""
+
     name: str
     arguments: str
 
 
 class ToolCall(Body):
+    """A call that an earlier answer made."""
+
     id: str
     function: Function
     type: Literal["function"] = "function"
 
 
 class Message(Body, kw_only=True, tag_field="role"):
+    """Base of a conversation's messages, told apart by `role`."""
+
     name: str | None = None
 
 
 class SystemMessage(Message, kw_only=True, tag="system"):
+    """Instructions for the model."""
+
     content: Content
 
 
 class DeveloperMessage(Message, kw_only=True, tag="developer"):
+    """Instructions for the model, by their newer name."""
+
     content: Content
 
 
 class UserMessage(Message, kw_only=True, tag="user"):
+    """What the user says."""
+
     content: Content
 
 
@@ -136,6 +154,8 @@ class AssistantMessage(Message, kw_only=True, tag="assistant"):
 
 
 class ToolMessage(Message, kw_only=True, tag="tool"):
+    """What a tool that was called returned."""
+
     content: Content
     tool_call_id: str
 
@@ -144,6 +164,8 @@ ChatMessage = SystemMessage | DeveloperMessage | UserMessage | AssistantMessage 
 
 
 class ChatRequest(GenerationRequest, kw_only=True):
+    """A conversation to answer."""
+
     messages: Annotated[list[ChatMessage], Meta(min_length=1)]
     max_completion_tokens: sampling.MaxTokens | None = None
     logprobs: bool | None = None
@@ -162,6 +184,8 @@ class TokenizeRequest(Body):
 
 
 class DetokenizeRequest(Body):
+    """Token ids to turn into text."""
+
     model: str
     tokens: list[sampling.TokenId]
 
@@ -170,11 +194,15 @@ class DetokenizeRequest(Body):
 
 
 class TokenDetails(msgspec.Struct):
+    """Prompt tokens whose KV came from the prefix cache, and prompt tokens whose KV was pruned."""
+
     cached_tokens: int
     pruned_tokens: int
 
 
 class Usage(msgspec.Struct):
+    """Tokens of a request, over all its choices."""
+
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
@@ -194,6 +222,8 @@ class CompletionLogprobs(msgspec.Struct):
 
 
 class CompletionChoice(msgspec.Struct, kw_only=True):
+    """One continuation, or in a stream what is new of it."""
+
     index: int
     text: str
     logprobs: CompletionLogprobs | None = None
@@ -202,6 +232,8 @@ class CompletionChoice(msgspec.Struct, kw_only=True):
 
 
 class Completion(msgspec.Struct, kw_only=True):
+    """The answer to a `CompletionRequest`, or one event of its stream."""
+
     id: str
     object: Literal["text_completion"] = "text_completion"
     created: int
@@ -211,12 +243,16 @@ class Completion(msgspec.Struct, kw_only=True):
 
 
 class TopLogprob(msgspec.Struct):
+    """A token that was likely, with its log-probability and its UTF-8 bytes."""
+
     token: str
     logprob: float
     bytes: list[int]
 
 
 class TokenLogprob(msgspec.Struct):
+    """A token of the answer, and the likeliest ones in its place."""
+
     token: str
     logprob: float
     bytes: list[int]
@@ -224,17 +260,23 @@ class TokenLogprob(msgspec.Struct):
 
 
 class ChatLogprobs(msgspec.Struct):
+    """Log-probabilities of an answer's tokens."""
+
     content: list[TokenLogprob]
     refusal: None = None
 
 
 class AnswerMessage(msgspec.Struct):
+    """What the model says."""
+
     content: str
     role: Literal["assistant"] = "assistant"
     refusal: None = None
 
 
 class ChatChoice(msgspec.Struct, kw_only=True):
+    """One answer."""
+
     index: int
     message: AnswerMessage
     logprobs: ChatLogprobs | None = None
@@ -243,6 +285,8 @@ class ChatChoice(msgspec.Struct, kw_only=True):
 
 
 class ChatCompletion(msgspec.Struct, kw_only=True):
+    """The answer to a `ChatRequest`."""
+
     id: str
     object: Literal["chat.completion"] = "chat.completion"
     created: int
@@ -252,11 +296,15 @@ class ChatCompletion(msgspec.Struct, kw_only=True):
 
 
 class Delta(msgspec.Struct):
+    """What is new of a message."""
+
     role: Literal["assistant"] | UnsetType = UNSET
     content: str | UnsetType = UNSET
 
 
 class ChunkChoice(msgspec.Struct, kw_only=True):
+    """What is new of one answer."""
+
     index: int
     delta: Delta
     logprobs: ChatLogprobs | None = None
@@ -265,6 +313,8 @@ class ChunkChoice(msgspec.Struct, kw_only=True):
 
 
 class ChatChunk(msgspec.Struct, kw_only=True):
+    """One event of the stream that answers a `ChatRequest`."""
+
     id: str
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
     created: int
@@ -274,6 +324,8 @@ class ChatChunk(msgspec.Struct, kw_only=True):
 
 
 class ModelCard(msgspec.Struct, kw_only=True):
+    """A model that is served."""
+
     id: str
     object: Literal["model"] = "model"
     created: int
@@ -282,21 +334,29 @@ class ModelCard(msgspec.Struct, kw_only=True):
 
 
 class ModelList(msgspec.Struct):
+    """The models that are served."""
+
     data: list[ModelCard]
     object: Literal["list"] = "list"
 
 
 class Tokens(msgspec.Struct):
+    """Token ids of a text or conversation, how many they are, and the longest context in tokens."""
+
     tokens: list[int]
     count: int
     max_model_len: int
 
 
 class Text(msgspec.Struct):
+    """The text of token ids."""
+
     prompt: str
 
 
 class Version(msgspec.Struct):
+    """The version of rayllm."""
+
     version: str
 
 
@@ -308,6 +368,8 @@ class Health(msgspec.Struct):
 
 
 class ErrorDetail(msgspec.Struct):
+    """What is wrong: in words, by its kind, in which field, and as a code if there is one."""
+
     message: str
     type: str
     param: str | None = None
@@ -315,4 +377,6 @@ class ErrorDetail(msgspec.Struct):
 
 
 class ErrorBody(msgspec.Struct):
+    """The body of every answer that is an error."""
+
     error: ErrorDetail

@@ -146,7 +146,10 @@ class Service:
         return ModelList([model.card for model in self.models.values()])
 
     async def show_model(self, request_id: str, model: str) -> ModelCard:
-        """Describes one model; raises `ApiError` (404) for one that is not served."""
+        """Describes one model.
+
+        Raises `ApiError` (404) for one that is not served.
+        """
         return self.model(model).card
 
     async def tokenize(self, request_id: str, body: TokenizeRequest) -> Tokens:
@@ -164,11 +167,17 @@ class Service:
         return Tokens(tokens, len(tokens), model.client.max_model_len)
 
     async def detokenize(self, request_id: str, body: DetokenizeRequest) -> Text:
-        """Turns token ids into text, special tokens included; raises `ApiError` (404)."""
+        """Turns token ids into text, special tokens included.
+
+        Raises `ApiError` (404).
+        """
         return Text(self.model(body.model).tokenizer.decode(body.tokens, skip_special_tokens=False))
 
     async def health(self, request_id: str) -> Health:
-        """Tells whether every model can answer; raises `EngineDeadError` if one cannot."""
+        """Tells whether every model can answer.
+
+        Raises `EngineDeadError` if one cannot.
+        """
         trouble = {name: model.state.trouble for name, model in self.models.items() if model.state.trouble}
         if self.is_draining:
             raise EngineDeadError("the service is shutting down")

@@ -31,6 +31,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=_HelpFormatter, **settings)
 
     def error(self, message: str) -> NoReturn:
+        """Ends the process with exit code 2."""
         self.exit(2, f"Error: {message} (`{self.prog} --help` lists what there is)\n")
 
 

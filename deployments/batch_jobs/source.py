@@ -12,7 +12,10 @@ from deployments.batch_jobs.input import Row, read_lines
 
 
 class RowSource(Datasource):
-    """Each portion of rows is a block of Ray Data's with two columns, `key` and `row`, read where the files are."""
+    """Each portion of rows is a block of Ray Data's with two columns, `key` and `row`, read where the files are.
+
+    The methods are those that Ray Data asks of a `Datasource`.
+    """
 
     def __init__(self, portions: list[list[Row]]):
         super().__init__()
