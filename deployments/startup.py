@@ -10,7 +10,7 @@ import pickle
 from collections.abc import Iterator
 from typing import Any
 
-from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
+from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 
 from rayllm.errors import EngineDeadError, UsageError
 from rayllm.progress import Progress
@@ -49,17 +49,13 @@ def read_failure(app: str) -> UsageError | EngineDeadError | None:
 def forget(app: str) -> None:
     """Removes what an earlier application of this name left."""
     for what in (PROGRESS, FAILURE):
-        _internal_kv_del(_key(app, what), namespace=NAMESPACE)
+        _write(app, what, None)
 
 
 def _write(app: str, what: str, value: object) -> None:
-    _internal_kv_put(_key(app, what), pickle.dumps(value), overwrite=True, namespace=NAMESPACE)
+    _internal_kv_put(f"{app}/{what}", pickle.dumps(value), overwrite=True, namespace=NAMESPACE)
 
 
 def _read(app: str, what: str) -> Any:
-    found = _internal_kv_get(_key(app, what), namespace=NAMESPACE)
+    found = _internal_kv_get(f"{app}/{what}", namespace=NAMESPACE)
     return pickle.loads(found) if found else None
-
-
-def _key(app: str, what: str) -> str:
-    return f"{app}/{what}"
