@@ -20,19 +20,23 @@ SPOOL_ROWS = 1024
 
 
 class Row(NamedTuple):
+    """Where a request stands."""
+
     key: str
     """Its `custom_id` or `id`; without one the file's name and the row's number, as in "in.jsonl:17"."""
     path: str
-    """Of the JSON Lines file that has it."""
+    """The JSON Lines file that has it."""
     offset: int
     """Where its line begins there, in bytes."""
 
 
 @dataclass(frozen=True)
-class BatchInput:
+class JobInput:
+    """All rows of a job's files."""
+
     rows: list[Row]
     hashes: dict[str, str]
-    """Of each file's content, by name."""
+    """Hash of each file's content, by name."""
 
 
 class _Head(msgspec.Struct):
@@ -53,7 +57,7 @@ def find_files(pattern: str) -> dict[str, Path]:
     return {str(file.absolute().relative_to(parent)): file.absolute() for file in sorted(found)}
 
 
-def read_input(files: dict[str, Path], spool: Path) -> BatchInput:
+def read_input(files: dict[str, Path], spool: Path) -> JobInput:
     """Finds all rows; those of Parquet files are copied to JSON Lines files in the folder `spool`.
 
     Raises `UsageError` for files that cannot be read, and for two rows of one name. What else is wrong with a row is
@@ -62,9 +66,9 @@ def read_input(files: dict[str, Path], spool: Path) -> BatchInput:
     rows: list[Row] = []
     hashes = {}
     numbers: dict[str, int] = {}
-    """Of rows, by key."""
+    """Number of each row, by key."""
     starts: dict[str, int] = {}
-    """Of files: the number of their first row."""
+    """Number of each file's first row, by name."""
     size = sum(file.stat().st_size for file in files.values())
     with tqdm(desc="reading input", total=size, unit="B", unit_scale=True, delay=2, leave=False) as bar:
         for name, file in files.items():
@@ -78,7 +82,7 @@ def read_input(files: dict[str, Path], spool: Path) -> BatchInput:
                     raise UsageError(f"custom_id must differ between rows, but {row.key!r} stands twice: see {places}")
                 rows.append(row)
             bar.update(file.stat().st_size)
-    return BatchInput(rows, hashes)
+    return JobInput(rows, hashes)
 
 
 def _hash(file: Path) -> str:

@@ -1,8 +1,7 @@
-"""`rayllm serve`: starts the service, shows how far it is, and ends it in order."""
+"""What `rayllm serve` does: starts the service, shows how far it is, and ends it in order."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import logging
 import os
@@ -20,11 +19,10 @@ from ray.serve.schema import ApplicationStatus
 
 from deployments.api import API
 from deployments.config import ApiConfig, ServedModel
-from deployments.engine import read_progress
 from deployments.openai_api import bind, find_models
+from deployments.startup import forget, read_failure, read_progress
 from rayllm.engine import placement, ray_private
-from rayllm.errors import EngineDeadError, UsageError, named_in
-from rayllm.options import from_arguments
+from rayllm.errors import EngineDeadError, UsageError
 from rayllm.progress import ProgressBar
 
 APP = "rayllm"
@@ -32,15 +30,17 @@ POLL_S = 0.3
 DRAIN_POLL_S = 0.2
 
 
-def run(options: argparse.Namespace) -> None:
+def serve_until_stopped(
+    config: ApiConfig, model: ServedModel, host: str = "127.0.0.1", port: int = 8000, address: str | None = None
+) -> None:
     """Serves until SIGINT or SIGTERM; then refuses what is new, and ends when what runs has ended.
 
-    Raises `UsageError` for what cannot work and `EngineDeadError` when the service fails to start, or ends.
+    `address`: of a Ray cluster that runs already; None starts Ray here. Raises `UsageError` for what cannot work and
+    `EngineDeadError` when the service fails to start, or ends.
     """
-    config, model = from_arguments(options, ApiConfig), from_arguments(options, ServedModel)
-    _check_host(options.host, config)
-    if not (options.address or os.environ.get("RAY_ADDRESS")):  # Serve may run already on a cluster that is there
-        _check_port(options.host, options.port)
+    _check_host(host, config)
+    if not (address or os.environ.get("RAY_ADDRESS")):  # Serve may run already on a cluster that is there
+        _check_port(host, port)
     num_shards = model.tensor_parallel_size * (model.max_replicas or model.num_replicas)
     # A Ray that is started here runs Serve with fewer threads and hops, and with its logs in files only. This process
     # has imported Serve before: its own handles are to work without an event loop.
@@ -55,7 +55,7 @@ def run(options: argparse.Namespace) -> None:
             found.set_exception(error)
 
     threading.Thread(target=find, daemon=True).start()  # it takes seconds, as does Ray
-    started_ray = placement.connect(options.address, min_cpus=num_shards)
+    started_ray = placement.connect(address, min_cpus=num_shards)
     stopped, deployed = threading.Event(), False
     for number in (signal.SIGINT, signal.SIGTERM):  # after Ray, which sets its own
         signal.signal(number, lambda *_: stopped.set())
@@ -63,18 +63,19 @@ def run(options: argparse.Namespace) -> None:
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         if found.done() or not started_ray:
             found.result()  # raises, before Serve starts where it would stay
-        _start_serve(options.host, options.port)
+        _start_serve(host, port)
         if _status() is not None:
             raise UsageError(
                 f"this cluster serves an application {APP!r} already: end its `rayllm serve`, or `serve shutdown`"
             )
+        forget(APP)
         app, deployed = bind(*found.result()), True
         serve.run_many([serve.RunTarget(app, name=APP, route_prefix="/")], wait_for_applications_running=False)
         started = time.monotonic()
-        if _wait(model.name, stopped):
+        if _wait(stopped):
             seconds = time.monotonic() - started
-            host = "127.0.0.1" if options.host == "0.0.0.0" else options.host
-            print(f"{model.name} is served at http://{host}:{options.port}/v1 (started in {seconds:.0f} s)", flush=True)
+            reached = "127.0.0.1" if host == "0.0.0.0" else host
+            print(f"{model.name} is served at http://{reached}:{port}/v1 (started in {seconds:.0f} s)", flush=True)
             _watch(stopped)
             _drain(config.drain_timeout_s)
     finally:
@@ -117,8 +118,8 @@ def _status() -> Any:
     return serve.status().applications.get(APP)
 
 
-def _wait(name: str, stopped: threading.Event) -> bool:
-    """Until the service runs; False if it was stopped before."""
+def _wait(stopped: threading.Event) -> bool:
+    """Returns when the service runs, True, or was stopped before, False; raises the error that ended its start."""
     with ProgressBar() as show:
         while not stopped.wait(POLL_S):
             app = _status()
@@ -126,21 +127,22 @@ def _wait(name: str, stopped: threading.Event) -> bool:
                 return True
             if app is not None and app.status == ApplicationStatus.DEPLOY_FAILED:
                 raise _failure(app)
-            if progress := read_progress(name):
+            if progress := read_progress(APP):
                 show(progress)
     return False
 
 
 def _failure(app: Any) -> Exception:
     """The error that ended the start, in one line."""
+    if error := read_failure(APP):
+        return error
     messages = [app.message, *(deployment.message for deployment in app.deployments.values())]
     lines = [line.strip() for message in messages for line in message.splitlines()]
-    last = lines[-1] if lines else "see the logs of Ray Serve"
-    return named_in("\n".join(lines)) or EngineDeadError(f"the service failed to start: {last}")
+    return EngineDeadError(f"the service failed to start: {lines[-1] if lines else 'see the logs of Ray Serve'}")
 
 
 def _watch(stopped: threading.Event) -> None:
-    """Until a signal comes; Serve restarts what dies."""
+    """Returns when a signal comes; Serve restarts what dies meanwhile."""
     while not stopped.wait(POLL_S):
         if _status() is None:
             raise EngineDeadError("the service was deleted")

@@ -1,11 +1,11 @@
-"""Answers all rows of files: `python -m deployments.batch_jobs.command --model M --input in.jsonl --output out/`.
+"""What `rayllm batch` does: answers all rows of files.
 
 Ray Data streams the rows from the node where this runs to the engines, wherever these are, and the answers back.
 """
 
 from __future__ import annotations
 
-import argparse
+import contextlib
 import dataclasses
 import importlib.util
 import logging
@@ -21,29 +21,23 @@ import ray
 from ray.util.placement_group import PlacementGroup
 from tqdm import tqdm
 
-from deployments.batch_jobs.engine import BatchEngine, Slots
+from deployments.batch_jobs.engine import JobEngine, Slots
 from deployments.batch_jobs.input import Row, find_files, read_input
-from deployments.batch_jobs.output import BatchOutput, Job
+from deployments.batch_jobs.output import Job, JobOutput
 from deployments.config import BatchConfig
-from rayllm.__main__ import Parser, exit_code
 from rayllm.checkpoint.sources import ModelSource, resolve_model
 from rayllm.config import EngineConfig
 from rayllm.engine import placement
-from rayllm.errors import EngineDeadError, UsageError, named_in
+from rayllm.errors import EngineDeadError, UsageError
 from rayllm.frontend.tokenizer import load_tokenizer
-from rayllm.options import HelpFormatter, add_arguments, from_arguments
 from rayllm.progress import Progress
 
-MAX_BATCH_ROWS = 32
+MAX_PORTION = 32
+"""Rows that an engine's process is given at once, at most."""
 POLL_S = 0.5
+FAILURE_TIMEOUT_S = 5.0
 BAR_PERIOD_S = 30.0
-"""Between two lines of the progress, where it is no terminal that shows them."""
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Runs a job; returns the exit code: 0, 1 when the engines failed, 2 when what was asked cannot work."""
-    options = _parser().parse_args(arguments)
-    return exit_code(lambda: run(from_arguments(options, BatchConfig), options.input, options.output, options.address))
+"""Time between two lines of the progress, where it is no terminal that shows them."""
 
 
 def run(config: BatchConfig, pattern: str, folder: str, address: str | None = None) -> None:
@@ -58,7 +52,7 @@ def run(config: BatchConfig, pattern: str, folder: str, address: str | None = No
     load_tokenizer(config, source)
     signal.signal(signal.SIGTERM, _interrupt)
     start = time.monotonic()
-    with BatchOutput(Path(folder).absolute()) as output:
+    with JobOutput(Path(folder).absolute()) as output:
         found = read_input(files, output.spool)
         output.begin(Job(config.name, found.hashes))
         rows = [row for row in found.rows if row.key not in output.done]
@@ -77,9 +71,7 @@ def _interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
 
 
-def _answer(
-    rows: list[Row], config: BatchConfig, source: ModelSource, address: str | None, output: BatchOutput
-) -> None:
+def _answer(rows: list[Row], config: BatchConfig, source: ModelSource, address: str | None, output: JobOutput) -> None:
     config = dataclasses.replace(config, num_engines=min(config.num_engines, len(rows)))
     started_ray = placement.connect(address, min_cpus=config.tensor_parallel_size * config.num_engines)
     signal.signal(signal.SIGTERM, _interrupt)  # Ray has set its own
@@ -90,13 +82,13 @@ def _answer(
             config.num_engines, engine.tensor_parallel_size, engine.device, engine.placement_timeout_s
         )
         slots = ray.remote(num_cpus=0)(Slots).remote(groups)
-        with _Bar(slots, len(output.done), len(output.done) + len(rows)) as bar:
-            for answers in _stream(rows, config, engine, source, slots):
-                output.add(answers["key"], answers["line"], sum(answers["failed"]))
-                bar.update(len(answers["key"]), sum(answers["tokens"]), output.num_failed)
-    except ray.exceptions.RayError as error:
-        lines = str(error).strip().splitlines()
-        raise named_in(str(error)) or EngineDeadError(f"the job failed: {type(error).__name__}: {lines[-1]}") from None
+        try:
+            with _Bar(slots, len(output.done), len(output.done) + len(rows)) as bar:
+                for answers in _stream(rows, config, engine, source, slots):
+                    output.add(answers["key"], answers["line"], sum(answers["failed"]))
+                    bar.update(len(answers["key"]), sum(answers["tokens"]), output.num_failed)
+        except ray.exceptions.RayError as error:
+            raise _failure(slots, error) from None
     finally:
         for group in groups:
             placement.release(group)
@@ -104,16 +96,24 @@ def _answer(
             ray.shutdown()
 
 
-def _batches(rows: list[Row], config: BatchConfig) -> list[list[Row]]:
-    """At least one for each engine."""
-    size = max(1, min(MAX_BATCH_ROWS, config.max_num_seqs // 8, len(rows) // config.num_engines))
+def _failure(slots: Any, error: ray.exceptions.RayError) -> Exception:
+    """What ended the job, in one line: what an engine's process told, or else what Ray says of it."""
+    with contextlib.suppress(ray.exceptions.RayError):
+        if told := ray.get(slots.failure.remote(), timeout=FAILURE_TIMEOUT_S):
+            return told
+    return EngineDeadError(f"the job failed: {type(error).__name__}: {str(error).strip().splitlines()[-1]}")
+
+
+def _portions(rows: list[Row], config: BatchConfig) -> list[list[Row]]:
+    """The rows in portions, at least one for each engine."""
+    size = max(1, min(MAX_PORTION, config.max_num_seqs // 8, len(rows) // config.num_engines))
     return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
 def _stream(
     rows: list[Row], config: BatchConfig, engine: EngineConfig, source: ModelSource, slots: Any
 ) -> Iterator[dict[str, list[Any]]]:
-    """The answers, as they come."""
+    """Yields the answers as they come, some rows at a time: what `JobEngine` returns."""
     from ray.data import ActorPoolStrategy, DataContext, read_datasource
 
     from deployments.batch_jobs.source import RowSource
@@ -122,25 +122,25 @@ def _stream(
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_no_progress_timeout_s = -1  # engines are watched where they are
-    batches = _batches(rows, config)
-    # An engine is full while twice as many rows as it runs at once are in its process: a batch lasts as long as its
+    portions = _portions(rows, config)
+    # An engine is full while twice as many rows as it runs at once are in its process: a portion lasts as long as its
     # longest answer.
-    num_calls = min(len(batches), -(-2 * config.max_num_seqs // len(batches[0])))
+    num_calls = min(len(portions), -(-2 * config.max_num_seqs // len(portions[0])))
     answers = read_datasource(
-        RowSource(batches),
-        override_num_blocks=len(batches),
-        concurrency=min(2, len(batches)),
+        RowSource(portions),
+        override_num_blocks=len(portions),
+        concurrency=min(2, len(portions)),
         num_cpus=0,
         label_selector={"ray.io/node-id": ray.get_runtime_context().get_node_id()},
     ).map_batches(
-        BatchEngine,
+        JobEngine,
         fn_constructor_kwargs={"args": config, "config": engine, "source": source, "slots": slots},
         compute=ActorPoolStrategy(
             size=config.num_engines,
             max_concurrent_calls_per_actor=num_calls,
             max_tasks_in_flight_per_actor=num_calls + 2,
         ),
-        batch_size=len(batches[0]),  # without it Ray Data would have the engines' processes read the files
+        batch_size=len(portions[0]),  # without it Ray Data would have the engines' processes read the files
         batch_format="pyarrow",
         num_cpus=0,
     )
@@ -171,7 +171,7 @@ class _Bar:
             progress = ray.get(self._slots.progress.remote()) or known
             if progress == known:
                 continue
-            self._start = time.monotonic()  # of the answers, when no more is told
+            self._start = time.monotonic()  # the answers begin when no more is told
             is_shown = self._is_terminal or progress.stage != known.stage
             known, stage = progress, progress.stage
             if is_shown:
@@ -193,23 +193,3 @@ class _Bar:
     def __exit__(self, *exception: object) -> None:
         self._begin()
         self._bar.close()
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="python -m deployments.batch_jobs.command",
-        description="Answers all rows of files; started again, those that have no answer yet.",
-        formatter_class=HelpFormatter,
-    )
-    parser.add_argument("--model", required=True, help="a model folder, a .gguf file, a Hub id or a URL")
-    parser.add_argument(
-        "--input", required=True, help="a .jsonl or .parquet file, a folder of such, or a quoted glob; see the README"
-    )
-    parser.add_argument("--output", required=True, help="folder of the answers")
-    parser.add_argument("--address", help="of a running Ray cluster; default: that of the job, or start Ray here")
-    add_arguments(parser.add_argument_group("engines"), BatchConfig)
-    return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())
