@@ -90,7 +90,8 @@ def _check_host(host: str, config: ApiConfig) -> None:
     if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY", "0") != "0" and host != "0.0.0.0":
         raise UsageError(
             "RAY_SERVE_ENABLE_HA_PROXY makes Serve listen on all interfaces, HAProxy's statistics included: "
-            "pass --host 0.0.0.0 if that is meant, or unset it"
+            "pass --host 0.0.0.0 if that is meant, or unset it",
+            "host",
         )
     if host not in ("127.0.0.1", "localhost", "::1") and not config.api_keys:
         print(f"Warning: {host} is open to the network, and without --api-keys to everybody on it", file=sys.stderr)
@@ -102,7 +103,9 @@ def _check_port(host: str, port: int) -> None:
         try:
             probe.bind((host, port))
         except (OSError, OverflowError) as error:
-            raise UsageError(f"cannot listen at {host}:{port} ({error}): choose another --host or --port") from None
+            raise UsageError(
+                f"cannot listen at {host}:{port} ({error}): choose another --host or --port", "port"
+            ) from None
 
 
 def _start_serve(host: str, port: int) -> None:
@@ -110,7 +113,8 @@ def _start_serve(host: str, port: int) -> None:
     running_host, running_port = ray_private.serve_http_options()
     if (running_host, running_port) != (host, port):
         raise UsageError(
-            f"Serve runs on this cluster already, at {running_host}:{running_port}: pass these as --host and --port"
+            f"Serve runs on this cluster already, at {running_host}:{running_port}: pass these as --host and --port",
+            "host" if running_host != host else "port",
         )
 
 

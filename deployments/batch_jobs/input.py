@@ -52,7 +52,9 @@ def find_files(pattern: str) -> dict[str, Path]:
     else:
         found = [path] if path.is_file() else [Path(file) for file in glob.glob(str(path)) if os.path.isfile(file)]
     if not found:
-        raise UsageError(f"no input at {pattern!r}: give a .jsonl or .parquet file, a folder of such files, or a glob")
+        raise UsageError(
+            f"no input at {pattern!r}: give a .jsonl or .parquet file, a folder of such files, or a glob", "input"
+        )
     parent = os.path.commonpath([file.absolute().parent for file in found])
     return {str(file.absolute().relative_to(parent)): file.absolute() for file in sorted(found)}
 
@@ -79,7 +81,9 @@ def read_input(files: dict[str, Path], spool: Path) -> JobInput:
                 if (first := numbers.setdefault(row.key, len(rows))) != len(rows):
                     other = [known for known, start in starts.items() if start <= first][-1]
                     places = f"{other} and {name}" if other != name else name
-                    raise UsageError(f"custom_id must differ between rows, but {row.key!r} stands twice: see {places}")
+                    raise UsageError(
+                        f"custom_id must differ between rows, but {row.key!r} stands twice: see {places}", "custom_id"
+                    )
                 rows.append(row)
             bar.update(file.stat().st_size)
     return JobInput(rows, hashes)
@@ -121,7 +125,7 @@ def _spooled(file: Path, path: Path) -> Path:
             for batch in parquet.iter_batches(SPOOL_ROWS):
                 stream.write(msgspec.json.Encoder().encode_lines([_without_nulls(row) for row in batch.to_pylist()]))
     except (pyarrow.ArrowException, OSError) as error:
-        raise UsageError(f"{file} is not readable Parquet: {' '.join(str(error).split())}") from None
+        raise UsageError(f"{file} is not readable Parquet: {' '.join(str(error).split())}", "input") from None
     return path
 
 

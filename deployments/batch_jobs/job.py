@@ -76,19 +76,19 @@ def _answer(rows: list[Row], config: BatchConfig, source: ModelSource, address: 
     started_ray = placement.connect(address, min_cpus=config.tensor_parallel_size * config.num_engines)
     signal.signal(signal.SIGTERM, _interrupt)  # Ray has set its own
     groups: list[PlacementGroup] = []
+    slots: Any = None
     try:
         engine = config.resolve(source.config, placement.choose_device(config.device))
         groups = placement.reserve_all(
             config.num_engines, engine.tensor_parallel_size, engine.device, engine.placement_timeout_s
         )
         slots = ray.remote(num_cpus=0)(Slots).remote(groups)
-        try:
-            with _Bar(slots, len(output.done), len(output.done) + len(rows)) as bar:
-                for answers in _stream(rows, config, engine, source, slots):
-                    output.add(answers["key"], answers["line"], sum(answers["failed"]))
-                    bar.update(len(answers["key"]), sum(answers["tokens"]), output.num_failed)
-        except ray.exceptions.RayError as error:
-            raise _failure(slots, error) from None
+        with _Bar(slots, len(output.done), len(output.done) + len(rows)) as bar:
+            for answers in _stream(rows, config, engine, source, slots):
+                output.add(answers["key"], answers["line"], sum(answers["failed"]))
+                bar.update(len(answers["key"]), sum(answers["tokens"]), output.num_failed)
+    except ray.exceptions.RayError as error:
+        raise _failure(slots, error) from None
     finally:
         for group in groups:
             placement.release(group)
@@ -98,9 +98,10 @@ def _answer(rows: list[Row], config: BatchConfig, source: ModelSource, address: 
 
 def _failure(slots: Any, error: ray.exceptions.RayError) -> Exception:
     """What ended the job, in one line: what an engine's process told, or else what Ray says of it."""
-    with contextlib.suppress(ray.exceptions.RayError):
-        if told := ray.get(slots.failure.remote(), timeout=FAILURE_TIMEOUT_S):
-            return told
+    if slots is not None:
+        with contextlib.suppress(ray.exceptions.RayError):
+            if told := ray.get(slots.failure.remote(), timeout=FAILURE_TIMEOUT_S):
+                return told
     return EngineDeadError(f"the job failed: {type(error).__name__}: {str(error).strip().splitlines()[-1]}")
 
 

@@ -53,14 +53,16 @@ class JobOutput:
             not self.folder.is_dir() or (any(self.folder.iterdir()) and not (self.folder / "lock").exists())
         )
         if foreign:
-            raise UsageError(f"{self.folder} is no output of a batch job: name an empty or a new folder")
+            raise UsageError(f"{self.folder} is no output of a batch job: name an empty or a new folder", "output")
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = (self.folder / "lock").open("w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self._lock.close()
-            raise UsageError(f"another batch job is writing to {self.folder}: wait for its end, or stop it") from None
+            raise UsageError(
+                f"another batch job is writing to {self.folder}: wait for its end, or stop it", "output"
+            ) from None
         self.spool.mkdir(exist_ok=True)
         self._start = self._written = time.monotonic()
         return self
@@ -78,9 +80,11 @@ class JobOutput:
             return
         known = msgspec.json.decode(file.read_bytes(), type=Job)
         if known.input != job.input:
-            raise UsageError(f"{self.folder} belongs to other input ({', '.join(known.input)}): name another folder")
+            raise UsageError(
+                f"{self.folder} belongs to other input ({', '.join(known.input)}): name another folder", "output"
+            )
         if known.model != job.model:
-            raise UsageError(f"{self.folder} has answers of the model {known.model}: name another folder")
+            raise UsageError(f"{self.folder} has answers of the model {known.model}: name another folder", "output")
         decoder = msgspec.json.Decoder(_Answer)
         for part in sorted(self.folder.glob("part-*.jsonl")):
             self._num_parts = int(part.stem.removeprefix("part-")) + 1
