@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from deployments.commands import BATCH, SERVE
+from deployments.batch_jobs.command import BATCH
+from deployments.command import SERVE
 from rayllm import __version__
 from rayllm.command_line import Parser, exit_code
 from rayllm.frontend.commands import CHAT, GENERATE

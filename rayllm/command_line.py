@@ -11,7 +11,10 @@ from typing import Any, NoReturn
 from rayllm.errors import EngineDeadError, UsageError
 from rayllm.options import HelpFormatter
 
-MODEL_HELP = "a model folder, a .gguf file, a Hub id or a URL"
+ADDRESS_HELP = (
+    "The address of a running Ray cluster. Without it, RAY_ADDRESS is used (a job has it), or Ray starts here."
+)
+MODEL_HELP = "A model folder, a .gguf file, a Hub id or a URL."
 
 
 @dataclass(frozen=True)

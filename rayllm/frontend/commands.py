@@ -8,7 +8,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from rayllm.command_line import MODEL_HELP, Command, add_flag
+from rayllm.command_line import ADDRESS_HELP, MODEL_HELP, Command, add_flag
 from rayllm.config import EngineArgs
 from rayllm.errors import UsageError
 from rayllm.options import add_arguments, from_arguments
@@ -19,26 +19,26 @@ if TYPE_CHECKING:
     from rayllm.frontend.llm import LLM
 
 SAMPLING_FLAGS: dict[str, tuple[type, Any, str]] = {
-    "temperature": (float, 0.0, "randomness of the answer; 0 is greedy"),
-    "top_p": (float, 1.0, "keep the likeliest tokens that make up this probability"),
-    "top_k": (int, 0, "keep so many of the likeliest tokens; 0 keeps all"),
-    "min_p": (float, 0.0, "keep tokens at least this fraction as likely as the likeliest"),
-    "repetition_penalty": (float, 1.0, "over 1, what was said already is said less"),
-    "max_tokens": (int, 256, "longest answer, in tokens"),
+    "temperature": (float, 0.0, "How random the answer is; 0 is greedy."),
+    "top_p": (float, 1.0, "Only the likeliest tokens that make up this probability are sampled."),
+    "top_k": (int, 0, "Only so many of the likeliest tokens are sampled; 0 keeps all."),
+    "min_p": (float, 0.0, "Only tokens at least this fraction as likely as the likeliest are sampled."),
+    "repetition_penalty": (float, 1.0, "Over 1, what was said already is said less."),
+    "max_tokens": (int, 256, "The longest answer, in tokens."),
 }
 """Type, default and help of each."""
 
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help=MODEL_HELP)
-    add_flag(parser, "prompt", help="what to answer; default: the standard input")
-    add_flag(parser, "raw", action="store_true", help="continue the text, without a chat template")
+    add_flag(parser, "prompt", help="The text to answer. Without it, that is the standard input.")
+    add_flag(parser, "raw", action="store_true", help="The text is continued, without a chat template.")
     _add_shared(parser)
 
 
 def _add_chat(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help=MODEL_HELP)
-    add_flag(parser, "system", help="the system message")
+    add_flag(parser, "system", help="The system message.")
     _add_shared(parser)
 
 
@@ -46,10 +46,16 @@ def _add_shared(parser: argparse.ArgumentParser) -> None:
     sampling = parser.add_argument_group("sampling")
     for name, (kind, default, doc) in SAMPLING_FLAGS.items():
         add_flag(sampling, name, type=kind, default=default, help=doc)
-    add_flag(sampling, "request_seed", type=int, help="makes random sampling repeatable")
-    add_flag(sampling, "stop", action="append", metavar="TEXT", help="ends the answer; may be given several times")
+    add_flag(sampling, "request_seed", type=int, help="The seed that makes random sampling repeatable.")
+    add_flag(
+        sampling,
+        "stop",
+        action="append",
+        metavar="TEXT",
+        help="A text that ends the answer; may be given several times.",
+    )
     engine = parser.add_argument_group("engine")
-    add_flag(engine, "address", help="address of a running Ray cluster; default: start Ray here")
+    add_flag(engine, "address", help=ADDRESS_HELP)
     add_arguments(engine, EngineArgs)
 
 
