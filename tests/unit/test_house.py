@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -92,6 +93,8 @@ def test_no_circle() -> None:
 
 def test_light_packages_load_neither_torch_nor_ray() -> None:
     light = [module for module in MODULES if package_of(module) in LIGHT]
+    for module in light:
+        assert not re.search(r"^ *(from|import) (torch|ray)\b", MODULES[module].read_text(), re.MULTILINE), module
     code = f"import sys, {', '.join(light)}; print(*{{'torch', 'ray'}} & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert not done.stdout.split()
