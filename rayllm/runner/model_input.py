@@ -134,8 +134,8 @@ class Shape:
 def pack(rows: Rows, shape: Shape, padding: int) -> np.ndarray:
     """All that the host knows of a step, padded to `shape`, as one int64 array for `unpack`.
 
-    Padding tokens and samples belong to the lane `padding`: the tokens are its first, and what is drawn, which may be no
-    token, goes to its second place. Padding rows have no keys.
+    Padding tokens and samples belong to the lane `padding`: the tokens are its first one, and what is drawn, which may
+    be no token, goes to its second place. Padding rows have no keys.
     """
     num_groups = len(rows.kv_lens)
     packed = np.zeros(shape.packed_size(num_groups), np.int64)
