@@ -58,6 +58,10 @@ class Architecture:
     """The kinds of the layers, given config.json and their number."""
     head_dim: int | None = None
     """What head_dim is where config.json does not say; None: hidden_size / num_attention_heads."""
+    rope_theta: float = 10000.0
+    """The base of the rotation where config.json does not say."""
+    tie_word_embeddings: bool = False
+    """Whether the head is the embedding where config.json does not say."""
     qkv_bias: bool = False
     """Whether queries, keys and values have a bias whatever config.json says."""
     biases: tuple[str, ...] = ()
@@ -108,3 +112,12 @@ def gguf_architecture(name: str) -> Architecture:
     if name not in records:
         raise UsageError(f"unsupported GGUF architecture {name!r}: rayllm runs {', '.join(records)}")
     return records[name]
+
+
+def positive(config: Config, key: str, default: int | None = None) -> int:
+    """config.json's `key`, or `default` where that is absent or null; raises UsageError unless it is an integer ≥ 1."""
+    value = config.get(key)
+    value = default if value is None else value
+    if not isinstance(value, int) or value < 1:
+        raise UsageError(f"config.json: {key} must be a positive integer, not {value!r}")
+    return value
