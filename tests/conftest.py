@@ -27,8 +27,21 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that start a Ray of their own run before this process is part of `ray_cluster`."""
-    items.sort(key=lambda item: "ray_cluster" in getattr(item, "fixturenames", ()))
+    """Tests that start a Ray of their own run before this process is part of `ray_cluster`, those without Ray last.
+
+    With several workers (pytest-xdist), each of the first two kinds keeps to one.
+    """
+    kinds = "own_ray", "ray_cluster"
+
+    def kind_of(item: pytest.Item) -> int:
+        if "ray_cluster" in getattr(item, "fixturenames", ()):
+            return 1
+        return 0 if item.path.parent.name in ("engine", "serve") else 2
+
+    items.sort(key=kind_of)
+    for item in items:
+        if (kind := kind_of(item)) < len(kinds):
+            item.add_marker(pytest.mark.xdist_group(kinds[kind]))
 
 
 @pytest.fixture
