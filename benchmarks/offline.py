@@ -14,7 +14,9 @@ import time
 
 from workloads import WORKLOADS, Workload, make
 
-from rayllm import LLM, SamplingParams, config
+from rayllm import LLM, SamplingParams
+from rayllm.config import EngineArgs
+from rayllm.options import add_arguments, from_arguments
 
 LONG_OUTPUT = 512
 
@@ -24,9 +26,9 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="a model, or with --load-format dummy a config.json")
     parser.add_argument("--workload", action="append", required=True, choices=WORKLOADS)
     parser.add_argument("--address", help="of a running Ray cluster; default: start Ray here")
-    config.add_arguments(parser.add_argument_group("engine"))
+    add_arguments(parser.add_argument_group("engine"), EngineArgs)
     options = parser.parse_args()
-    arguments = dataclasses.asdict(config.from_arguments(options)) | {"skip_tokenizer_init": True}
+    arguments = dataclasses.asdict(from_arguments(options, EngineArgs)) | {"skip_tokenizer_init": True}
     start = time.monotonic()
     with LLM(**arguments, address=options.address) as llm:
         llm.generate([[1, 2, 3]], SamplingParams(max_tokens=1), use_tqdm=False)

@@ -23,8 +23,8 @@ from ray import serve
 
 from deployments.config import ServedModel
 from deployments.openai_api import build
-from rayllm import config
 from rayllm.engine import placement
+from rayllm.options import add_arguments, from_arguments
 
 APP = "routing"
 OWN_TOKENS = 16
@@ -38,10 +38,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=6, help="how often each comes (6)")
     parser.add_argument("--concurrency", type=int, default=16, help="requests in flight (16)")
     parser.add_argument("--output-len", type=int, default=8, help="tokens that each is answered with (8)")
-    config.add_arguments(parser.add_argument_group("model"), ServedModel)
+    add_arguments(parser.add_argument_group("model"), ServedModel)
     parser.set_defaults(num_replicas=2)
     options = parser.parse_args()
-    model = config.from_arguments(options, ServedModel)
+    model = from_arguments(options, ServedModel)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     started_ray = placement.connect(None, min_cpus=model.num_replicas * model.tensor_parallel_size)
     try:

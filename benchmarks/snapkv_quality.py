@@ -27,16 +27,16 @@ from tqdm import tqdm
 
 from rayllm import LLM, SamplingParams
 from rayllm.checkpoint.sources import ModelSource, resolve_model
-from rayllm.config import EngineConfig
+from rayllm.config import EngineArgs
 from rayllm.frontend.tokenizer import Tokenizer
 from rayllm.messages.base import pack_ids
 from rayllm.messages.step import LaneStart, Prune, StepInput
+from rayllm.models.parallel import TensorParallel
 from rayllm.runner.cuda_graphs import ModelOutput
 from rayllm.runner.device import open_device
 from rayllm.runner.executor import Executor
 from rayllm.runner.loading import load_model
 from rayllm.runner.model_input import ModelInput
-from rayllm.runner.parallel import TensorParallel
 from rayllm.runner.pruning import SCORES, Pruner
 from rayllm.scheduling.pruning import PruningPolicy, snapkv, streaming
 
@@ -149,9 +149,7 @@ class Runner(Executor):
     """A shard's executor with one sequence at a time, whose logits can be seen."""
 
     def __init__(self, model: str, source: ModelSource):
-        config = EngineConfig(model=model, **ENGINE).resolved(
-            device="cpu", model_dtype=source.config.dtype, model_max_len=source.config.max_position_embeddings
-        )
+        config = EngineArgs(model=model, **ENGINE).resolve(source.config, "cpu")
         self.num_blocks = config.max_model_len // config.block_size
         loaded = load_model(config, source, TensorParallel(), open_device("cpu", [], 1))
         super().__init__(loaded, [2 * self.num_blocks])

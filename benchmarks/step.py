@@ -16,8 +16,10 @@ import json
 import random
 from typing import Any
 
-from rayllm import AsyncLLM, SamplingParams, config
+from rayllm import AsyncLLM, SamplingParams
+from rayllm.config import EngineArgs
 from rayllm.engine.driver import EngineStats
+from rayllm.options import add_arguments, from_arguments
 
 PROMPT_LEN = 256
 
@@ -75,7 +77,7 @@ def line(kind: str, before: EngineStats, after: EngineStats) -> dict[str, Any]:
 
 
 async def run(options: argparse.Namespace) -> None:
-    arguments = dataclasses.asdict(config.from_arguments(options)) | {"skip_tokenizer_init": True}
+    arguments = dataclasses.asdict(from_arguments(options, EngineArgs)) | {"skip_tokenizer_init": True}
     mixed = {"max_num_seqs": options.decodes + 1, "max_num_batched_tokens": options.decodes + options.chunk}
     rng = random.Random(0)
     prompt_len = options.chunk * options.chunks_per_prompt
@@ -98,7 +100,7 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, default=2048, help="prompt tokens in a mixed step")
     parser.add_argument("--chunks-per-prompt", type=int, default=4)
     parser.add_argument("--prompts", type=int, default=16, help="in mixed steps, one after the other")
-    config.add_arguments(parser.add_argument_group("engine"))
+    add_arguments(parser.add_argument_group("engine"), EngineArgs)
     asyncio.run(run(parser.parse_args()))
 
 

@@ -18,6 +18,7 @@ from deployments.link import ServeLink
 from deployments.metrics import ServiceMetrics, engine_values, merged
 from deployments.service import Model, Service
 from rayllm.checkpoint.sources import ModelSource
+from rayllm.config import EngineConfig
 from rayllm.errors import UsageError
 from rayllm.frontend.client import Client, Prompt
 from rayllm.frontend.output import Increment
@@ -32,7 +33,10 @@ class ApiReplica:
     """One process of the ingress. Its methods are also what Python handles call."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, config: ApiConfig, models: list[tuple[ServedModel, ModelSource]], engines: list[DeploymentHandle]
+        self,
+        config: ApiConfig,
+        models: list[tuple[ServedModel, EngineConfig, ModelSource]],
+        engines: list[DeploymentHandle],
     ):
         self.config = config
         self.metrics = ServiceMetrics()
@@ -40,12 +44,12 @@ class ApiReplica:
         self._texts: dict[str, str] = {}
         """The last metrics of every Api process: a sum must not fall when one is late."""
         served = []
-        for (model, source), engine in zip(models, engines, strict=True):
+        for (model, engine_config, source), engine in zip(models, engines, strict=True):
             link = self._links[model.name] = ServeLink(engine, config.recovery_timeout_s)
             here = await asyncio.to_thread(source.on_this_node, weights=False)
             tokenizer = await asyncio.to_thread(load_tokenizer, model, here)
             assert tokenizer is not None
-            client = Client(link, model, source.config, tokenizer, local_host())
+            client = Client(link, engine_config, source.config, tokenizer, local_host())
             served.append(Model(model.name, client, tokenizer, link, int(time.time())))
         self.service = Service(served, self.metrics)
 
@@ -110,9 +114,9 @@ def _as_dict(increment: Increment) -> dict[str, Any]:
 
 
 def api_deployment(
-    config: ApiConfig, models: list[tuple[ServedModel, ModelSource]], engines: list[serve.Application]
+    config: ApiConfig, models: list[tuple[ServedModel, EngineConfig, ModelSource]], engines: list[serve.Application]
 ) -> serve.Application:
-    """The ingress of an application, bound to its engines; the models' devices and lengths are decided."""
+    """The ingress of an application, bound to its engines, one for each model."""
     deployment: Any = serve.deployment(
         serve.ingress()(ApiReplica),
         name=API,

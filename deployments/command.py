@@ -22,9 +22,9 @@ from deployments.api import API
 from deployments.config import ApiConfig, ServedModel
 from deployments.engine import read_progress
 from deployments.openai_api import bind, find_models
-from rayllm.config import from_arguments
-from rayllm.engine import placement
+from rayllm.engine import placement, ray_private
 from rayllm.errors import EngineDeadError, UsageError, named_in
+from rayllm.options import from_arguments
 from rayllm.progress import ProgressBar
 
 APP = "rayllm"
@@ -106,10 +106,10 @@ def _check_port(host: str, port: int) -> None:
 
 def _start_serve(host: str, port: int) -> None:
     serve.start(http_options={"host": host, "port": port})
-    running = serve.context._get_global_client().http_config  # another's options stay, if Serve ran already
-    if (running.host, running.port) != (host, port):
+    running_host, running_port = ray_private.serve_http_options()
+    if (running_host, running_port) != (host, port):
         raise UsageError(
-            f"Serve runs on this cluster already, at {running.host}:{running.port}: pass these as --host and --port"
+            f"Serve runs on this cluster already, at {running_host}:{running_port}: pass these as --host and --port"
         )
 
 

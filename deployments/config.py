@@ -5,27 +5,54 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from rayllm.config import EngineConfig, Options, check_names, option
+from rayllm.config import EngineArgs
 from rayllm.errors import UsageError
+from rayllm.options import Options, check_names, option
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServedModel(EngineConfig):
-    """One model: its engine's arguments, and how it is served."""
+class NamedModel(EngineArgs):
+    """An engine whose model requests call by a name, and that reads and writes text."""
 
-    served_model_name: str | None = option(None, "the model's name in requests; default: that of its file or folder")
-    num_replicas: int = option(1, "number of engines that serve the model; with max_replicas, the least")
-    max_replicas: int | None = option(None, "as many engines at most, by the load; default: num_replicas, always")
+    served_model_name: str | None = option(
+        None, "The model's name in requests. Without it, the name of its file or folder is used."
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check(not self.skip_tokenizer_init, "skip_tokenizer_init", "off: requests are read and answered as text")
+
+    @property
+    def name(self) -> str:
+        """What requests call the model."""
+        return self.served_model_name or self.model.rstrip("/").removesuffix(".gguf").rpartition("/")[2]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServedModel(NamedModel):
+    """One model of the service: its engines' arguments, and how it is served."""
+
+    num_replicas: int = option(1, "Number of engines that serve the model; with max_replicas, the least.")
+    max_replicas: int | None = option(
+        None, "Most engines that serve the model, by the load. Without it, there are always num_replicas."
+    )
     target_ongoing_requests: int | None = option(
-        None, "choices that each engine has when there are enough engines; default: three quarters of max_num_seqs"
+        None,
+        "Number of choices that each engine has when there are enough engines. Without it, it is three quarters of "
+        "max_num_seqs.",
     )
     prefix_routing: bool = option(
         True,
-        "several engines: choices go where their prompt's beginning was, or their session belongs, unless busier",
+        "Send a choice to the one of several engines where its prompt's beginning was, or its session belongs, unless "
+        "that one is busier.",
     )
-    max_queued_requests: int = option(1024, "choices that may wait beyond the max_num_seqs that run; then 429")
+    max_queued_requests: int = option(
+        1024, "Number of choices that may wait beyond the max_num_seqs that run; more get status 429."
+    )
     max_queued_tokens: int | None = option(
-        None, "prompt tokens that may wait beyond what the KV cache holds; default: four times the cache; then 429"
+        None,
+        "Number of prompt tokens that may wait beyond what the KV cache holds; more get status 429. Without it, it is "
+        "four times the cache.",
     )
 
     def __post_init__(self) -> None:
@@ -34,35 +61,17 @@ class ServedModel(EngineConfig):
         _check_scaling(self, "num_replicas", "max_replicas", "target_ongoing_requests")
         self.check(self.max_queued_requests >= 0, "max_queued_requests", "at least 0")
         self.check(self.max_queued_tokens is None or self.max_queued_tokens >= 0, "max_queued_tokens", "at least 0")
-        self.check(not self.skip_tokenizer_init, "skip_tokenizer_init", "off: the service reads and writes text")
-
-    @property
-    def name(self) -> str:
-        """What requests call it."""
-        return self.served_model_name or default_name(self.model)
 
 
 @dataclass(frozen=True, kw_only=True)
-class BatchConfig(EngineConfig):
+class BatchConfig(NamedModel):
     """The engines of a batch job."""
 
-    served_model_name: str | None = option(None, "the model's name in requests; default: that of its file or folder")
-    num_engines: int = option(1, "number of engines that share the rows")
+    num_engines: int = option(1, "Number of engines that share the rows.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check(self.num_engines >= 1, "num_engines", "at least 1")
-        self.check(not self.skip_tokenizer_init, "skip_tokenizer_init", "off: a batch job reads and writes text")
-
-    @property
-    def name(self) -> str:
-        """What requests call the model."""
-        return self.served_model_name or default_name(self.model)
-
-
-def default_name(model: str) -> str:
-    """What a model is called in requests, unless the arguments say."""
-    return model.rstrip("/").removesuffix(".gguf").rpartition("/")[2]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,18 +79,31 @@ class ApiConfig(Options):
     """What all models of an application share."""
 
     api_replicas: int = option(
-        1, "number of processes that serve HTTP, tokenise and detokenise; with max_api_replicas, the least"
+        1, "Number of processes that serve HTTP, tokenise and detokenise; with max_api_replicas, the least."
     )
-    max_api_replicas: int | None = option(None, "as many at most, by the load; default: api_replicas, always")
+    max_api_replicas: int | None = option(
+        None, "Most processes that serve HTTP, by the load. Without it, there are always api_replicas."
+    )
     api_target_ongoing_requests: int | None = option(
-        None, "requests that each of these processes has when there are enough of them; default: 128"
+        None,
+        "Number of requests that each of these processes has when there are enough of them. Without it, it is 128.",
     )
-    upscale_delay_s: float = option(30.0, "how long there must be too few engines, or processes, before more start")
-    downscale_delay_s: float = option(600.0, "how long there must be too many before some end")
-    api_keys: tuple[str, ...] = option((), "keys, one of which a request must bear; default: none is asked for")
-    max_body_bytes: int = option(16 << 20, "largest body of a request; then 413")
-    recovery_timeout_s: float = option(60.0, "longest wait for an engine that comes back before requests end with 503")
-    drain_timeout_s: float = option(60.0, "how long running requests may go on after the service was told to stop")
+    upscale_delay_s: float = option(
+        30.0, "How long, in seconds, there must be too few engines, or HTTP processes, before more start."
+    )
+    downscale_delay_s: float = option(
+        600.0, "How long, in seconds, there must be too many engines, or HTTP processes, before some end."
+    )
+    api_keys: tuple[str, ...] = option(
+        (), "Keys, one of which a request must bear. Without them, requests need no key."
+    )
+    max_body_bytes: int = option(16 << 20, "Largest body of a request, in bytes; a larger one gets status 413.")
+    recovery_timeout_s: float = option(
+        60.0, "Longest wait, in seconds, for an engine to come back before requests end with status 503."
+    )
+    drain_timeout_s: float = option(
+        60.0, "How long, in seconds, running requests may go on after the service was told to stop."
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -116,7 +138,7 @@ def scaling(least: int, most: int | None, target: int, api: ApiConfig) -> dict[s
 
 
 def read_arguments(arguments: dict[str, Any]) -> tuple[ApiConfig, list[ServedModel]]:
-    """Those of the application and of its models, from a dict as Serve hands it over: values may be texts.
+    """The arguments of the application and of its models, from a dict as Serve hands it over: values may be texts.
 
     Several models are a list of dicts, `models`; otherwise the one model's arguments stand beside the others.
     Raises `UsageError`.
@@ -127,14 +149,11 @@ def read_arguments(arguments: dict[str, Any]) -> tuple[ApiConfig, list[ServedMod
     check_names(given, known)
     api = ApiConfig.of(**ApiConfig.parse({name: given.pop(name) for name in ApiConfig.names() if name in given}))
     if listed is not None and not (isinstance(listed, list) and listed and all(isinstance(m, dict) for m in listed)):
-        raise UsageError("models must be a list with the arguments of each model")
+        raise UsageError("models must be a list with the arguments of each model", "models")
     models = [ServedModel.of(**ServedModel.parse(model)) for model in (listed if listed is not None else [given])]
     names = [model.name for model in models]
     if double := {name for name in names if names.count(name) > 1}:
-        raise UsageError(f"served_model_name must differ between models, but two are called {', '.join(double)}")
+        raise UsageError(
+            f"served_model_name must differ between models, but two are called {', '.join(double)}", "served_model_name"
+        )
     return api, models
-
-
-def engine_config(model: ServedModel | BatchConfig) -> EngineConfig:
-    """The engine's part of these arguments."""
-    return EngineConfig(**{name: getattr(model, name) for name in EngineConfig.names()})

@@ -11,15 +11,17 @@ from typing import Any
 import msgspec
 import ray
 from ray import serve
-from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 from ray.serve.config import RequestRouterConfig
 
-from deployments.config import ApiConfig, ServedModel, engine_config, scaling
+from deployments.config import ApiConfig, ServedModel, scaling
 from deployments.metrics import EngineGauges
 from deployments.router import PrefixRouter
 from rayllm.checkpoint.sources import ModelSource
+from rayllm.config import EngineConfig
+from rayllm.engine import placement, ray_private
 from rayllm.engine.driver import EngineStats
 from rayllm.engine.engine import Engine
+from rayllm.engine.launcher import Launcher
 from rayllm.errors import EngineDeadError, QueueFullError, UsageError
 from rayllm.frontend.client import Client
 from rayllm.messages.base import BYTES_PER_ID
@@ -42,9 +44,10 @@ class Refusal:
 
     reason: str
     is_full: bool
-    """Of the queue; otherwise the engine died."""
+    """Whether the queue was full; otherwise the engine died."""
 
     def error(self) -> Exception:
+        """What whoever asked is to raise."""
         return QueueFullError(self.reason) if self.is_full else EngineDeadError(self.reason)
 
 
@@ -56,37 +59,45 @@ class EngineStatus:
     """The replica's id."""
     stats: EngineStats
     num_blocks: int
+    """KV cache blocks of each shard."""
 
 
 def write_progress(name: str, progress: Progress) -> None:
-    """For whoever waits for the engine of model `name`: a replica that starts cannot be called yet."""
-    _internal_kv_put(name, msgspec.json.encode(progress), overwrite=True, namespace=PROGRESS_NAMESPACE)
+    """Leaves word for whoever waits for the engine of model `name`: a replica that starts cannot be called yet."""
+    ray_private.kv_put(PROGRESS_NAMESPACE, name, msgspec.json.encode(progress))
 
 
 def read_progress(name: str) -> Progress | None:
-    found = _internal_kv_get(name, namespace=PROGRESS_NAMESPACE)
+    """What `write_progress` wrote last of the engine of model `name`, None before."""
+    found = ray_private.kv_get(PROGRESS_NAMESPACE, name)
     return msgspec.json.decode(found, type=Progress) if found else None
 
 
 class EngineReplica:
     """Admits sequences to its engine; its health is the engine's."""
 
-    async def __init__(self, model: ServedModel, source: ModelSource):  # type: ignore[misc]  # Serve awaits it
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, model: ServedModel, config: EngineConfig, source: ModelSource
+    ):
         self.model = model
         self._id = serve.get_replica_context().replica_id.unique_id
         self._stage = ""
         loop = asyncio.get_running_loop()
         group = ray.util.get_current_placement_group()
-        if (reserved := group and group.bundle_specs) != bundles_of(model):
+        expected = placement.bundles_of(config.tensor_parallel_size, config.device)
+        if (reserved := group and group.bundle_specs) != expected:
             raise UsageError(
-                f"placement_group_bundles must be {bundles_of(model)}, not {reserved}: shards have whole GPUs, as many "
-                "as tensor_parallel_size says; leave placement_group_bundles out"
+                f"placement_group_bundles must be {expected}, not {reserved}: shards have whole GPUs, as many "
+                "as tensor_parallel_size says; leave placement_group_bundles out",
+                "placement_group_bundles",
             )
-        own = {"placement_group": group, "report": self._report, "max_restarts": 0}  # Serve restarts the replica
-        self.engine = await loop.run_in_executor(
-            None, lambda: Engine(engine_config(model), source, progress=False, **own)
-        )
-        self._capacity = self.engine.info.num_blocks * model.block_size
+
+        def start() -> Engine:
+            launcher = Launcher(config, source, group)
+            return Engine(launcher, progress=False, report=self._report, max_restarts=0)  # Serve restarts the replica
+
+        self.engine = await loop.run_in_executor(None, start)
+        self._capacity = self.engine.info.num_blocks * config.block_size
         queued = model.max_queued_tokens
         self._max_tokens = self._capacity + (4 * self._capacity if queued is None else queued)
         self._num_sequences = self._num_tokens = 0
@@ -148,15 +159,10 @@ class EngineReplica:
         self._gauges.set(stats, self.engine.info.num_blocks)
 
 
-def bundles_of(model: ServedModel) -> list[dict[str, int]]:
-    """What an engine reserves: shard i gets bundle i, the replica and the driver bundle 0."""
-    first, other = ({"CPU": 1, "GPU": 1}, {"GPU": 1}) if model.device == "cuda" else ({"CPU": 1}, {"CPU": 1})
-    return [first] + [other] * (model.tensor_parallel_size - 1)
-
-
-def engine_deployment(model: ServedModel, source: ModelSource, name: str, api: ApiConfig) -> serve.Application:
-    """`model`, whose device is decided, as a deployment called `name`."""
-    assert model.step_timeout_s is not None
+def engine_deployment(
+    model: ServedModel, config: EngineConfig, source: ModelSource, name: str, api: ApiConfig
+) -> serve.Application:
+    """`model`, whose engines run with `config`, as a deployment called `name`."""
     options = scaling(
         model.num_replicas,
         model.max_replicas,
@@ -172,14 +178,14 @@ def engine_deployment(model: ServedModel, source: ModelSource, name: str, api: A
         name=name,
         **options,
         ray_actor_options={"num_cpus": 0},
-        placement_group_bundles=bundles_of(model),
+        placement_group_bundles=placement.bundles_of(config.tensor_parallel_size, config.device),
         placement_group_strategy="STRICT_PACK",
         max_ongoing_requests=1_000_000,  # the replica itself bounds its queue
         health_check_period_s=1,
-        health_check_timeout_s=model.step_timeout_s + HEALTH_MARGIN_S,
+        health_check_timeout_s=config.step_timeout_s + HEALTH_MARGIN_S,
         graceful_shutdown_wait_loop_s=0.5,
         graceful_shutdown_timeout_s=api.drain_timeout_s,
         max_constructor_retry_count=1,
         logging_config={"enable_access_log": False},
     )
-    return deployment.bind(model, source)
+    return deployment.bind(model, config, source)

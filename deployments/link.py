@@ -8,11 +8,11 @@ import time
 from typing import Any
 
 import ray
-from ray import serve
 from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from deployments.engine import EngineStatus, Refusal
+from rayllm.engine import ray_private
 from rayllm.messages.sequences import NewSequence
 from rayllm.messages.transport import Address
 
@@ -41,7 +41,7 @@ class ServeLink:
 
     async def answer(self, client: Address, sequence: NewSequence) -> None:
         """See `rayllm.frontend.client.Link`."""
-        session_id = serve.context._get_serve_request_context().session_id  # a handle's option, or x-session-id
+        session_id = ray_private.serve_session_id()
         engine = self._engine.options(method_name="answer", session_id=session_id)
         response = engine.remote(client, sequence)
         call = asyncio.ensure_future(_result(response))

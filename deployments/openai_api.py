@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Any, Literal
+from typing import Any
 
 import click
 import ray
 from ray import serve
-from ray._private.accelerators import get_accelerator_manager_for_resource
 
 from deployments.api import api_deployment
 from deployments.config import ApiConfig, ServedModel, read_arguments
 from deployments.engine import engine_deployment
 from rayllm.checkpoint.sources import ModelSource, resolve_model
-from rayllm.engine import placement
+from rayllm.config import DeviceName, EngineConfig
+from rayllm.engine import placement, ray_private
 from rayllm.errors import UsageError
 from rayllm.frontend.tokenizer import load_tokenizer
 
@@ -28,14 +28,14 @@ def build_app(arguments: dict[str, Any]) -> serve.Application:
     try:
         return build(arguments)
     except UsageError as error:
-        if ray.is_initialized() and ray.get_runtime_context().worker.mode == ray.WORKER_MODE:
+        if ray.is_initialized() and ray_private.is_worker():
             raise
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(2)
 
 
 def build(arguments: dict[str, Any]) -> serve.Application:
-    """As `build_app`, but raises `UsageError`."""
+    """The application of these arguments. Raises `UsageError`."""
     return bind(*find_models(arguments))
 
 
@@ -44,32 +44,27 @@ def find_models(arguments: dict[str, Any]) -> tuple[ApiConfig, list[tuple[Served
     api, given = read_arguments(arguments)
     models = [(model, resolve_model(model.model, model.load_format)) for model in given]
     for model, source in models:
-        source.config.check_tensor_parallel(model.tensor_parallel_size)
+        model.check_model(source.config)
         load_tokenizer(model, source)
     return api, models
 
 
 def bind(api: ApiConfig, found: list[tuple[ServedModel, ModelSource]]) -> serve.Application:
     """The application of what `find_models` found. Raises `UsageError`."""
-    device = None
-    models: list[tuple[ServedModel, ModelSource]] = []
+    device: DeviceName = "cpu"  # of models that leave it open
+    if any(model.device == "auto" for model, _ in found):
+        device = _device_of_cluster()
+    models: list[tuple[ServedModel, EngineConfig, ModelSource]] = []
     engines = []
     for model, source in found:
-        if model.device == "auto" and device is None:
-            device = _device_of_cluster()
-        decided = model.resolved(
-            device=device if device and model.device == "auto" else model.device,
-            model_dtype=source.config.dtype,
-            model_max_len=source.config.max_model_len,
-            model_kv_heads=source.config.num_key_value_heads,
-        )
-        name = "Engine" if len(found) == 1 else f"Engine-{decided.name}"
-        models.append((decided, source))
-        engines.append(engine_deployment(decided, source, name, api))
+        config = model.resolve(source.config, device if model.device == "auto" else model.device)
+        name = "Engine" if len(found) == 1 else f"Engine-{model.name}"
+        models.append((model, config, source))
+        engines.append(engine_deployment(model, config, source, name, api))
     return api_deployment(api, models, engines)
 
 
-def _device_of_cluster() -> Literal["cpu", "cuda"]:
+def _device_of_cluster() -> DeviceName:
     """What engines of the cluster run on where the arguments do not say: `serve run` asks before it connects to it."""
     if ray.is_initialized():
         return placement.choose_device("auto")
@@ -81,7 +76,7 @@ def _device_of_cluster() -> Literal["cpu", "cuda"]:
         if address != "auto":
             raise
         # there is no cluster yet: `serve run` will start one on this machine
-        return "cuda" if get_accelerator_manager_for_resource("GPU").get_current_node_num_accelerators() else "cpu"
+        return "cuda" if ray_private.count_gpus_here() else "cpu"
     try:
         return placement.choose_device("auto")
     finally:

@@ -10,10 +10,11 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from deployments.config import ApiConfig, ServedModel
-from rayllm import config
+from rayllm.config import EngineArgs
 from rayllm.errors import EngineDeadError, UsageError
 from rayllm.frontend.client import Prompt
 from rayllm.frontend.llm import LLM
+from rayllm.options import HelpFormatter, add_arguments, from_arguments
 from rayllm.sampling_params import SamplingParams
 
 SAMPLING_FLAGS: dict[str, tuple[type, Any, str]] = {
@@ -57,7 +58,7 @@ def exit_code(work: Callable[[], None]) -> int:
 def _run(options: argparse.Namespace) -> None:
     if options.command == serve:
         return serve(options)
-    engine = dataclasses.asdict(config.from_arguments(options))
+    engine = dataclasses.asdict(from_arguments(options, EngineArgs))
     params = SamplingParams(
         **{name: getattr(options, name) for name in SAMPLING_FLAGS}, seed=options.request_seed, stop=options.stop
     )
@@ -135,9 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
     for function in (generate, chat, serve):
         summary = (function.__doc__ or "").splitlines()[0]
-        sub = commands.add_parser(
-            function.__name__, help=summary, description=summary, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-        )
+        sub = commands.add_parser(function.__name__, help=summary, description=summary, formatter_class=HelpFormatter)
         sub.set_defaults(command=function)
         sub.add_argument("model", help="a model folder, a .gguf file, a Hub id or a URL")
         if function is serve:
@@ -145,8 +144,8 @@ def _parser() -> argparse.ArgumentParser:
             _flag(service, "host", default="127.0.0.1", help="where to listen; 0.0.0.0 opens it to the network")
             _flag(service, "port", type=int, default=8000, help="where to listen")
             _flag(service, "address", help="of a running Ray cluster; default: start Ray here")
-            config.add_arguments(service, ApiConfig)
-            config.add_arguments(sub.add_argument_group("model"), ServedModel)
+            add_arguments(service, ApiConfig)
+            add_arguments(sub.add_argument_group("model"), ServedModel)
             continue
         if function is generate:
             sub.add_argument("--prompt", help="what to answer; default: the standard input")
@@ -160,7 +159,7 @@ def _parser() -> argparse.ArgumentParser:
         _flag(sampling, "stop", action="append", metavar="TEXT", help="ends the answer; may be given several times")
         engine = sub.add_argument_group("engine")
         _flag(engine, "address", help="of a running Ray cluster; default: start Ray here")
-        config.add_arguments(engine)
+        add_arguments(engine, EngineArgs)
     return parser
 
 

@@ -1,112 +1,82 @@
-"""The engine's one configuration class. Everything a user can set is a field here, documented where it stands."""
+"""The engine's two configurations: what a user gives, and what the engine runs with.
+
+Everything a user can set is a field of `EngineArgs`, documented where it stands; flags and checks come from it.
+`EngineArgs.resolve` decides the rest once model and device are known: `EngineConfig`.
+"""
 
 from __future__ import annotations
 
-import argparse
-import contextlib
-import dataclasses
-import difflib
-import json
-import types
-import typing
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, Literal, Self, TypeVar
+from dataclasses import dataclass, fields
+from typing import Literal
 
 from rayllm.errors import UsageError
+from rayllm.model_config import ModelConfig
+from rayllm.options import Options, option
+
+DeviceName = Literal["cpu", "cuda"]
 
 SINKS = 4
 """First tokens of a prompt, which pruning always keeps (attention sinks, arXiv:2309.17453)."""
 
 
-def option(default: Any, doc: str) -> Any:
-    """A field of `Options`."""
-    return dataclasses.field(default=default, metadata={"doc": doc})
+def min_snapkv_limit(num_window_queries: int) -> int:
+    """How many tokens of a prompt pruning always keeps: the first ones and the window."""
+    return SINKS + num_window_queries
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
-    """Base of configurations: checks the types of its fields, and makes flags of them. Raises `UsageError`."""
+class EngineArgs(Options):
+    """Arguments of one engine, as its user gives them. Raises `UsageError` for values that can never work.
 
-    def __post_init__(self) -> None:
-        for name, hint in _hints(type(self)).items():
-            if choices := _choices(hint):
-                self.check(getattr(self, name) in choices, name, "one of " + ", ".join(choices))
-            else:
-                kinds = [typing.get_origin(kind) or kind for kind in _kinds(hint)]
-                kind = type(getattr(self, name))
-                fits = kind in kinds or (kind is int and float in kinds)
-                self.check(fits, name, " or ".join(map(_kind_name, kinds)))
-
-    def check(self, ok: bool, name: str, allowed: str) -> None:
-        if not ok:
-            raise UsageError(f"{name} must be {allowed}, not {getattr(self, name)!r}", name)
-
-    @classmethod
-    def names(cls) -> list[str]:
-        return [field.name for field in dataclasses.fields(cls)]
-
-    @classmethod
-    def of(cls, **arguments: Any) -> Self:
-        """The configuration of these arguments; an unknown name is a `UsageError` that suggests the nearest one."""
-        check_names(arguments, cls.names())
-        return cls(**arguments)
-
-    @classmethod
-    def parse(cls, arguments: dict[str, Any]) -> dict[str, Any]:
-        """`arguments` with texts turned into what their fields hold: "8" into 8, "true" into True, JSON into lists."""
-        hints = _hints(cls)
-        return {name: _parse(value, hints[name]) if name in hints else value for name, value in arguments.items()}
-
-
-def check_names(arguments: Iterable[str], known: list[str]) -> None:
-    for name in arguments:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(known))}"
-            raise UsageError(f"unknown engine argument {name}: {hint}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineConfig(Options):
-    """Arguments of one engine. Raises `UsageError` for values that can never work.
-
-    Fields that are None are chosen once the model and the device are known, see `resolved`.
+    What is None or "auto" is decided by `resolve`.
     """
 
-    model: str = option("", "a folder, a .gguf file, a Hub id, a URL (s3://…), or with load_format=dummy a config.json")
-    tokenizer: str | None = option(None, "tokenizer folder or Hub id; default: the model's own")
-    skip_tokenizer_init: bool = option(False, "token ids in, token ids out; no tokenizer is loaded")
-    load_format: Literal["auto", "dummy"] = option("auto", "dummy: random weights, only a config is read")
+    model: str = option(
+        "", "The model: a folder, a .gguf file, a Hub id, a URL (s3://…), or with load_format=dummy a config.json."
+    )
+    tokenizer: str | None = option(None, "Folder or Hub id of the tokenizer. Without it, the model's own is used.")
+    skip_tokenizer_init: bool = option(False, "Load no tokenizer: token ids go in, and token ids come out.")
+    load_format: Literal["auto", "dummy"] = option("auto", "With dummy, weights are random and only a config is read.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
-        "auto", "of weights and KV cache; auto: the model's own on a GPU (float32 becomes bfloat16), float32 on a CPU"
+        "auto",
+        "Type of the weights and the KV cache. With auto it is the model's own on a GPU (bfloat16 for float32), and "
+        "float32 on a CPU.",
     )
-    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: cuda if the Ray cluster has GPUs")
-    tensor_parallel_size: int = option(1, "number of shards (GPUs, or CPU processes) that the model is split over")
-    max_model_len: int | None = option(None, "longest prompt + output, in tokens; default: the model's own limit")
-    max_num_seqs: int = option(256, "most sequences that run at once")
+    device: Literal["auto", "cpu", "cuda"] = option(
+        "auto", "What the engine runs on. With auto it is cuda if the Ray cluster has GPUs."
+    )
+    tensor_parallel_size: int = option(1, "Number of shards (GPUs, or CPU processes) that the model is split over.")
+    max_model_len: int | None = option(
+        None, "Longest prompt and output together, in tokens. Without it, the model's own limit holds."
+    )
+    max_num_seqs: int = option(256, "Most sequences that run at once.")
     max_num_batched_tokens: int | None = option(
-        None, "token budget of a step; default: 8192 on a GPU, 1024 on a CPU, at least max_num_seqs"
+        None, "Token budget of a step. Without it, it is 8192 on a GPU and 1024 on a CPU, and at least max_num_seqs."
     )
-    block_size: int = option(128, "tokens of a KV cache block; a multiple of 16 on a GPU")
-    gpu_memory_utilization: float = option(0.9, "share of each GPU's memory that the engine may fill")
+    block_size: int = option(128, "Number of tokens in a KV cache block; it must be a multiple of 16 on a GPU.")
+    gpu_memory_utilization: float = option(0.9, "Share of each GPU's memory that the engine may fill.")
     kv_cache_memory_bytes: int | None = option(
-        None, "size of the KV cache per shard, in bytes; default: what is free on a GPU, 2 GiB in all on a CPU"
+        None,
+        "Size of the KV cache of each shard, in bytes. Without it, it is what is free on a GPU, 2 GiB in all on a CPU.",
     )
-    num_gpu_blocks_override: int | None = option(None, "number of KV cache blocks, on a CPU too; for experiments")
-    enable_prefix_caching: bool = option(True, "keep the KV of finished prompts for those that begin alike")
-    enable_snapkv: bool = option(False, "keep only a part of long prompts' KV once they are computed")
-    snapkv_limit: int = option(2048, "how many tokens of a prompt each layer and KV head keeps")
-    snapkv_attn_sample_queries: int = option(32, "last prompt tokens whose attention decides what is kept")
+    num_gpu_blocks_override: int | None = option(
+        None, "Number of KV cache blocks, on a CPU too, for experiments. Without it, they fill the memory allowed."
+    )
+    enable_prefix_caching: bool = option(True, "Keep the KV of finished prompts for those that begin alike.")
+    enable_snapkv: bool = option(False, "Keep only a part of long prompts' KV once they are computed.")
+    snapkv_limit: int = option(2048, "Number of tokens of a prompt that each layer and KV head keeps.")
+    snapkv_attn_sample_queries: int = option(32, "Number of last prompt tokens whose attention decides what is kept.")
     snapkv_policy: Literal["snapkv", "streaming"] = option(
-        "snapkv", "streaming: the first and the most recent tokens are kept, whatever attends to them"
+        "snapkv", "With streaming, the first and the most recent tokens are kept, whatever attends to them."
     )
-    enforce_eager: bool = option(False, "no CUDA graphs")
-    seed: int = option(0, "of the seeds drawn for requests that bring none")
+    enforce_eager: bool = option(False, "Run without CUDA graphs.")
+    seed: int = option(0, "The engine's seed, from which requests without a seed get theirs.")
     step_timeout_s: float | None = option(
-        None, "a step that takes longer, in seconds, means a stuck engine, which is replaced; default: GPU 10, CPU 300"
+        None,
+        "A step that takes longer, in seconds, means a stuck engine, which is replaced. Without it, it is 10 on a GPU "
+        "and 300 on a CPU.",
     )
-    placement_timeout_s: float = option(600.0, "longest wait for the cluster to provide the resources, in seconds")
+    placement_timeout_s: float = option(600.0, "Longest wait for the cluster to provide the resources, in seconds.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -118,7 +88,7 @@ class EngineConfig(Options):
             check(getattr(self, name) is None or getattr(self, name) >= 1, name, "at least 1")
         check(self.max_model_len is None or self.max_model_len >= 2, "max_model_len", "at least 2")
         check(self.snapkv_attn_sample_queries >= 2, "snapkv_attn_sample_queries", "at least 2")
-        least = self.min_snapkv_limit
+        least = min_snapkv_limit(self.snapkv_attn_sample_queries)
         check(self.snapkv_limit >= least, "snapkv_limit", f"at least {least}, the tokens that are always kept")
         check(0 < self.gpu_memory_utilization <= 1, "gpu_memory_utilization", "over 0 and at most 1")
         check(self.placement_timeout_s >= 0, "placement_timeout_s", "at least 0")
@@ -130,94 +100,74 @@ class EngineConfig(Options):
         )
         check(not (self.skip_tokenizer_init and self.tokenizer), "skip_tokenizer_init", "off when a tokenizer is named")
 
+    def resolve(self, model: ModelConfig, device: DeviceName) -> EngineConfig:
+        """What the engine runs with, everything decided. Raises `UsageError` for what cannot work together."""
+        model.check_tensor_parallel(self.tensor_parallel_size)
+        is_gpu = device == "cuda"
+        self.check(not is_gpu or self.block_size % 16 == 0, "block_size", "a multiple of 16 on a GPU")
+        longest = model.max_model_len
+        self.check((self.max_model_len or 0) <= longest, "max_model_len", f"at most {longest} for this model")
+        if self.enable_snapkv and self.tensor_parallel_size > model.num_key_value_heads:
+            raise UsageError(
+                f"tensor_parallel_size must be at most {model.num_key_value_heads} with enable_snapkv, the model's KV "
+                "heads: shards that share one would keep different tokens of it",
+                "tensor_parallel_size",
+            )
+        least_tokens = self.max_num_seqs + (self.snapkv_attn_sample_queries if self.enable_snapkv else 0)
+        self.check(
+            self.max_num_batched_tokens is None or self.max_num_batched_tokens >= least_tokens,
+            "max_num_batched_tokens",
+            f"at least max_num_seqs + snapkv_attn_sample_queries ({least_tokens})",
+        )
+        decided = {
+            "device": device,
+            "dtype": self._dtype(model.dtype, device),
+            "max_model_len": self.max_model_len or longest,
+            "max_num_batched_tokens": self.max_num_batched_tokens or max(least_tokens, 8192 if is_gpu else 1024),
+            "step_timeout_s": self.step_timeout_s or (10.0 if is_gpu else 300.0),
+        }
+        given = {field.name: getattr(self, field.name) for field in fields(EngineConfig)}
+        return EngineConfig(**given | decided)
+
+    def check_model(self, model: ModelConfig) -> None:
+        """Raises `UsageError` for what cannot work with `model` on any device: a CPU refuses least."""
+        self.resolve(model, "cpu" if self.device == "auto" else self.device)
+
+    def _dtype(self, model_dtype: str, device: DeviceName) -> str:
+        if self.dtype != "auto":
+            return self.dtype
+        if device == "cpu":
+            return "float32"
+        return "bfloat16" if model_dtype == "float32" else model_dtype
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """What an engine runs with, made by `EngineArgs.resolve`; its fields are explained there."""
+
+    device: DeviceName
+    dtype: Literal["float32", "bfloat16", "float16"]
+    tensor_parallel_size: int
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    block_size: int
+    gpu_memory_utilization: float
+    kv_cache_memory_bytes: int | None
+    """None: what the device has free, see `rayllm.runner.kv_cache`."""
+    num_gpu_blocks_override: int | None
+    """None: as many as fit."""
+    enable_prefix_caching: bool
+    enable_snapkv: bool
+    snapkv_limit: int
+    snapkv_attn_sample_queries: int
+    snapkv_policy: Literal["snapkv", "streaming"]
+    enforce_eager: bool
+    seed: int
+    step_timeout_s: float
+    placement_timeout_s: float
+
     @property
     def min_snapkv_limit(self) -> int:
-        """Tokens of a prompt that pruning always keeps: the first ones and the window."""
-        return SINKS + self.snapkv_attn_sample_queries
-
-    def resolved(self, *, device: str, model_dtype: str, model_max_len: int, model_kv_heads: int = 0) -> Self:
-        """This configuration with everything decided that the device and the model decide."""
-        if device == "cuda" and self.block_size % 16:
-            raise UsageError(f"block_size must be a multiple of 16 on a GPU, not {self.block_size}")
-        if (self.max_model_len or 0) > model_max_len:
-            raise UsageError(f"max_model_len must be at most {model_max_len} for this model, not {self.max_model_len}")
-        dtype = self.dtype
-        if dtype == "auto":
-            dtype = "float32" if device == "cpu" else "bfloat16" if model_dtype == "float32" else model_dtype  # type: ignore[assignment]
-        if self.enable_snapkv and 0 < model_kv_heads < self.tensor_parallel_size:
-            raise UsageError(
-                f"tensor_parallel_size must be at most {model_kv_heads} with enable_snapkv, the model's KV heads: "
-                f"shards that share one would keep different tokens of it"
-            )
-        window = self.snapkv_attn_sample_queries if self.enable_snapkv else 0
-        if self.max_num_batched_tokens and self.max_num_batched_tokens < self.max_num_seqs + window:
-            raise UsageError(
-                f"max_num_batched_tokens must be at least max_num_seqs + snapkv_attn_sample_queries "
-                f"({self.max_num_seqs + window}), not {self.max_num_batched_tokens}"
-            )
-        return dataclasses.replace(
-            self,
-            device=device,  # type: ignore[arg-type]
-            dtype=dtype,
-            max_model_len=self.max_model_len or model_max_len,
-            step_timeout_s=self.step_timeout_s or (10.0 if device == "cuda" else 300.0),
-            max_num_batched_tokens=self.max_num_batched_tokens
-            or max(self.max_num_seqs + window, 8192 if device == "cuda" else 1024),
-        )
-
-
-def add_arguments(group: argparse._ArgumentGroup, cls: type[Options] = EngineConfig) -> None:
-    """One flag for each field of `cls` but `model`, of the same name with hyphens."""
-    for field in dataclasses.fields(cls):
-        if field.name == "model":
-            continue
-        hint = _hints(cls)[field.name]
-        settings: dict[str, Any] = {"default": field.default, "help": field.metadata["doc"].replace("%", "%%")}
-        if hint is bool:
-            settings["action"] = argparse.BooleanOptionalAction
-        elif typing.get_origin(hint) is tuple:
-            settings |= {"nargs": "+", "metavar": "TEXT"}
-        elif choices := _choices(hint):
-            settings |= {"choices": choices, "type": str}
-        else:
-            settings["type"] = _kinds(hint)[0]
-            settings["metavar"] = settings["type"].__name__.upper()
-        group.add_argument("--" + field.name.replace("_", "-"), **settings)
-
-
-T = TypeVar("T", bound=Options)
-
-
-def from_arguments(arguments: argparse.Namespace, cls: type[T] = EngineConfig) -> T:  # type: ignore[assignment]
-    """The configuration that `add_arguments`' flags describe."""
-    values = {name: getattr(arguments, name) for name in cls.names()}
-    return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
-
-
-def _hints(cls: type[Options]) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
-
-
-def _kinds(hint: Any) -> tuple[Any, ...]:
-    """The types of a union, None last, or the one type."""
-    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-
-
-def _kind_name(kind: type) -> str:
-    return "list" if kind is tuple else kind.__name__.removesuffix("Type")
-
-
-def _choices(hint: Any) -> list[str] | None:
-    return list(typing.get_args(hint)) if typing.get_origin(hint) is Literal else None
-
-
-def _parse(value: Any, hint: Any) -> Any:
-    """A value that does not parse stays as it is, to be refused by name."""
-    if isinstance(value, list):
-        return tuple(value)
-    if not isinstance(value, str) or str in _kinds(hint) or _choices(hint):
-        return value
-    with contextlib.suppress(ValueError):
-        parsed = json.loads(value.lower() if hint is bool else value)
-        return tuple(parsed) if isinstance(parsed, list) else parsed
-    return value
+        """The least `snapkv_limit` that a request may ask for."""
+        return min_snapkv_limit(self.snapkv_attn_sample_queries)

@@ -27,10 +27,11 @@ from deployments.batch_jobs.output import BatchOutput, Job
 from deployments.config import BatchConfig
 from rayllm.__main__ import Parser, exit_code
 from rayllm.checkpoint.sources import ModelSource, resolve_model
-from rayllm.config import add_arguments, from_arguments
+from rayllm.config import EngineConfig
 from rayllm.engine import placement
 from rayllm.errors import EngineDeadError, UsageError, named_in
 from rayllm.frontend.tokenizer import load_tokenizer
+from rayllm.options import HelpFormatter, add_arguments, from_arguments
 from rayllm.progress import Progress
 
 MAX_BATCH_ROWS = 32
@@ -53,7 +54,7 @@ def run(config: BatchConfig, pattern: str, folder: str, address: str | None = No
     _check_ray_data()
     files = find_files(pattern)
     source = resolve_model(config.model, config.load_format)
-    source.config.check_tensor_parallel(config.tensor_parallel_size)
+    config.check_model(source.config)
     load_tokenizer(config, source)
     signal.signal(signal.SIGTERM, _interrupt)
     start = time.monotonic()
@@ -84,19 +85,13 @@ def _answer(
     signal.signal(signal.SIGTERM, _interrupt)  # Ray has set its own
     groups: list[PlacementGroup] = []
     try:
-        device = placement.choose_device(config.device)
-        config = config.resolved(
-            device=device,
-            model_dtype=source.config.dtype,
-            model_max_len=source.config.max_model_len,
-            model_kv_heads=source.config.num_key_value_heads,
-        )
+        engine = config.resolve(source.config, placement.choose_device(config.device))
         groups = placement.reserve_all(
-            config.num_engines, config.tensor_parallel_size, device, config.placement_timeout_s
+            config.num_engines, engine.tensor_parallel_size, engine.device, engine.placement_timeout_s
         )
         slots = ray.remote(num_cpus=0)(Slots).remote(groups)
         with _Bar(slots, len(output.done), len(output.done) + len(rows)) as bar:
-            for answers in _stream(rows, config, source, slots):
+            for answers in _stream(rows, config, engine, source, slots):
                 output.add(answers["key"], answers["line"], sum(answers["failed"]))
                 bar.update(len(answers["key"]), sum(answers["tokens"]), output.num_failed)
     except ray.exceptions.RayError as error:
@@ -115,7 +110,9 @@ def _batches(rows: list[Row], config: BatchConfig) -> list[list[Row]]:
     return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
-def _stream(rows: list[Row], config: BatchConfig, source: ModelSource, slots: Any) -> Iterator[dict[str, list[Any]]]:
+def _stream(
+    rows: list[Row], config: BatchConfig, engine: EngineConfig, source: ModelSource, slots: Any
+) -> Iterator[dict[str, list[Any]]]:
     """The answers, as they come."""
     from ray.data import ActorPoolStrategy, DataContext, read_datasource
 
@@ -137,7 +134,7 @@ def _stream(rows: list[Row], config: BatchConfig, source: ModelSource, slots: An
         label_selector={"ray.io/node-id": ray.get_runtime_context().get_node_id()},
     ).map_batches(
         BatchEngine,
-        fn_constructor_kwargs={"config": config, "source": source, "slots": slots},
+        fn_constructor_kwargs={"args": config, "config": engine, "source": source, "slots": slots},
         compute=ActorPoolStrategy(
             size=config.num_engines,
             max_concurrent_calls_per_actor=num_calls,
@@ -202,7 +199,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="python -m deployments.batch_jobs.command",
         description="Answers all rows of files; started again, those that have no answer yet.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("--model", required=True, help="a model folder, a .gguf file, a Hub id or a URL")
     parser.add_argument(

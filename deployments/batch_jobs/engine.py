@@ -12,13 +12,15 @@ import msgspec
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group_table
 
-from deployments.config import BatchConfig, engine_config
+from deployments.config import BatchConfig
 from deployments.http import ApiError, error_of
 from deployments.metrics import ServiceMetrics
 from deployments.protocol import ChatRequest, CompletionRequest, ErrorBody, ErrorDetail
 from deployments.service import Model, Service
 from rayllm.checkpoint.sources import ModelSource
+from rayllm.config import EngineConfig
 from rayllm.engine.engine import MAX_RESTARTS, Engine
+from rayllm.engine.launcher import Launcher
 from rayllm.errors import EngineDeadError
 from rayllm.frontend.client import Client
 from rayllm.frontend.tokenizer import load_tokenizer
@@ -126,18 +128,15 @@ def _node_of(group: PlacementGroup) -> str:
 class BatchEngine:
     """A callable for `Dataset.map_batches`: the process of one engine, whose resources an actor `Slots` assigns."""
 
-    def __init__(self, config: BatchConfig, source: ModelSource, slots: Any):
+    def __init__(self, args: BatchConfig, config: EngineConfig, source: ModelSource, slots: Any):
         context = ray.get_runtime_context()
         group = ray.get(slots.claim.remote(context.get_actor_id(), context.get_node_id()))
-
-        engine = Engine(
-            engine_config(config), source, progress=False, placement_group=group, report=slots.report.remote
-        )
-        tokenizer = load_tokenizer(config, source.on_this_node(weights=False))
+        engine = Engine(Launcher(config, source, group), progress=False, report=slots.report.remote)
+        tokenizer = load_tokenizer(args, source.on_this_node(weights=False))
         assert tokenizer is not None
-        client = Client(engine, engine.config, source.config, tokenizer, engine.host)
-        self._model = config.name
-        self._service = Service([Model(config.name, client, tokenizer, engine, int(time.time()))], ServiceMetrics())
+        client = Client(engine, config, source.config, tokenizer, engine.host)
+        self._model = args.name
+        self._service = Service([Model(args.name, client, tokenizer, engine, int(time.time()))], ServiceMetrics())
 
     async def __call__(self, batch: pyarrow.Table) -> dict[str, list[Any]]:
         """`key` and `row` (JSON) become `key`, `line` (the answer's JSON), `failed` and `tokens` (of the output)."""

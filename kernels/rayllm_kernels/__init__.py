@@ -5,7 +5,7 @@ from rayllm_kernels._triton import compiling
 from rayllm_kernels.activation import silu_and_mul
 from rayllm_kernels.decode_attention import DecodeItems, decode_attention, divide_decodes
 from rayllm_kernels.filtering import filter_logits
-from rayllm_kernels.linear import linear, pack_weight
+from rayllm_kernels.linear import linear, pack_weight, packed_linear
 from rayllm_kernels.norm import rms_norm
 from rayllm_kernels.paged_kv import PagedKV
 from rayllm_kernels.prefill_attention import prefill_attention, prefill_backend
@@ -25,6 +25,7 @@ __all__ = [
     "gumbel_noise",
     "linear",
     "pack_weight",
+    "packed_linear",
     "prefill_attention",
     "prefill_backend",
     "rms_norm",

@@ -16,21 +16,10 @@ _ROWS_HINT = 8
 def linear_reference(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """See `linear`; `weight` is plain."""
+    """Specifies `linear`."""
     if out is None:
         return F.linear(x, weight, bias)
     return torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
-
-
-def pack_weight(weight: torch.Tensor) -> torch.Tensor:
-    """`weight` [N, K] as `linear` reads it fastest: a copy in oneDNN's layout for float32 on a CPU, else itself.
-
-    Rows are few when decoding, and then the plain layout keeps the product at half the memory's bandwidth.
-    """
-    if weight.is_cuda or weight.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
-        return weight
-    packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _ROWS_HINT)
-    return packed
 
 
 @jit
@@ -95,15 +84,24 @@ def _token_linear_triton(
 def linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """x [T, K], contiguous, · weightᵀ + bias [N] → [T, N]; `weight` [N, K], contiguous, is plain or from `pack_weight`.
+    """x [T, K], contiguous, · weightᵀ + bias [N] → [T, N], in `out` if that is given; `weight` [N, K], contiguous.
 
-    The result is in `out`, if that is given, for plain weights. Sums are of float32.
+    All are of one floating-point dtype; sums are of float32.
     """
-    if weight.is_mkldnn:
-        if not len(x):
-            return x.new_empty(0, weight.shape[0])
-        product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-        return product
     if weight.is_cuda and len(x) == 1 and x.dtype != torch.float32:
         return _token_linear_triton(x, weight, bias, out)
     return linear_reference(x, weight, bias, out)
+
+
+def pack_weight(weight: torch.Tensor) -> torch.Tensor:
+    """A copy of `weight` [N, K], float32 on a CPU, in oneDNN's blocked layout, for `packed_linear`."""
+    packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _ROWS_HINT)
+    return packed
+
+
+def packed_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x [T, K], contiguous, · weightᵀ + bias [N] → [T, N], all float32; `weight` is from `pack_weight`."""
+    if not len(x):  # which oneDNN refuses
+        return x.new_empty(0, weight.shape[0])
+    product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return product

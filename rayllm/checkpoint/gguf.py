@@ -17,10 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from rayllm.errors import UsageError
-from rayllm.model_config import ARCHITECTURES
+from rayllm.models.architectures import gguf_architecture
 
-# GGUF architecture → model_type; files of Mistral models say 'llama'.
-GGUF_ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 CACHE_VERSION = 1
 INDEX_FILE = "tensors.json"
 
@@ -127,13 +125,10 @@ def _config(
     metadata: Mapping[str, Any], tensors: Mapping[str, GGUFTensor], rope_freqs: list[float] | None
 ) -> dict[str, Any]:
     """A config.json from GGUF metadata (keys: ggml's docs/gguf.md)."""
-    architecture = metadata.get("general.architecture", "")
-    if architecture not in GGUF_ARCHITECTURES:
-        raise UsageError(f"unsupported GGUF architecture {architecture!r}: rayllm runs {', '.join(GGUF_ARCHITECTURES)}")
-    model_type = GGUF_ARCHITECTURES[architecture]
+    record = gguf_architecture(metadata.get("general.architecture", ""))
 
     def get(key: str, default: Any = None) -> Any:
-        return metadata.get(f"{architecture}.{key}", default)
+        return metadata.get(f"{record.gguf_name}.{key}", default)
 
     if get("expert_count"):
         raise UsageError("mixture-of-experts GGUF files are not supported: rayllm runs dense models")
@@ -148,8 +143,8 @@ def _config(
     rope["partial_rotary_factor"] = get("rope.dimension_count", head_dim) / head_dim
     eos_ids = [metadata.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom")]
     return {
-        "architectures": [ARCHITECTURES[model_type]],
-        "model_type": model_type,
+        "architectures": [record.class_name],
+        "model_type": record.model_type,
         "vocab_size": tensors["token_embd.weight"].shape[0],
         "hidden_size": get("embedding_length"),
         "intermediate_size": get("feed_forward_length"),
@@ -164,7 +159,6 @@ def _config(
         "attention_bias": "blk.0.attn_q.bias" in tensors,
         "mlp_bias": "blk.0.ffn_gate.bias" in tensors,
         "dtype": _dtype(tensors["blk.0.attn_q.weight"].ggml_type),
-        "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": list(dict.fromkeys(i for i in eos_ids if i is not None)) or None,
     }
 

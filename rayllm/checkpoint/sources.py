@@ -16,14 +16,14 @@ from rayllm.checkpoint import bucket
 from rayllm.checkpoint.gguf import converted
 from rayllm.errors import UsageError
 from rayllm.model_config import ModelConfig
+from rayllm.models.config_json import read_config
 from rayllm.progress import Track, untracked
 
 T = TypeVar("T")
 
-LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
 WEIGHTS = "*.safetensors"
 FILES = ["*.json", WEIGHTS, "*.jinja", "tokenizer.model", "*.txt"]
-"""Of a model folder that is fetched."""
+"""What is fetched of a model folder."""
 UNWANTED = ["*/*", "consolidated*"]  # other formats of the same weights
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -54,41 +54,35 @@ class ModelSource:
         return self
 
 
-def resolve_model(model: str, load_format: str = "auto", progress: bool = True) -> ModelSource:
+def resolve_model(model: str, load_format: Literal["auto", "dummy"] = "auto", progress: bool = True) -> ModelSource:
     """Finds `model` and reads its configuration; no weights are read, nor fetched but for a .gguf file.
 
     model: a folder with config.json and .safetensors files, a .gguf file, a Hub id ('owner/name'), the URL of a folder
     or .gguf file that pyarrow reads, or with `load_format` 'dummy' also a bare config .json file. Raises UsageError
     when there is nothing that can be served.
     """
-    if load_format not in LOAD_FORMATS:
-        raise UsageError(f"load_format {load_format!r} is unknown: use one of {', '.join(LOAD_FORMATS)}")
+    is_dummy = load_format == "dummy"
     path = Path(model).expanduser()
     if "://" in model or (not path.exists() and HUB_ID.fullmatch(model) and path.suffix != ".gguf" and model[0] != "."):
         track = _bar if progress else untracked
-        return _fetched(model, load_format == "dummy", weights=False, track=track)
-    if path.suffix == ".gguf" and load_format in ("auto", "gguf"):
+        return _fetched(model, is_dummy, weights=False, track=track)
+    if path.suffix == ".gguf" and not is_dummy:
         return _gguf(path, progress)
-    if path.is_file() and path.suffix == ".json" and load_format == "dummy":
-        return ModelSource(str(path), "dummy", ModelConfig.from_hf(_read_json(path)), None)
+    if path.is_file() and path.suffix == ".json" and is_dummy:
+        return ModelSource(str(path), "dummy", read_config(_read_json(path)), None)
     if not path.is_dir():
         raise UsageError(
             f"no model at {model!r}: give a folder with config.json and .safetensors files, a .gguf file, a Hub id or "
             "a URL"
         )
-    if load_format == "gguf":
-        raise UsageError(f"load_format 'gguf' needs a .gguf file, but {model!r} is a folder")
-    return _folder(path, "dummy" if load_format == "dummy" else "safetensors")
+    return _folder(path, is_dummy)
 
 
 def _fetched(origin: str, is_dummy: bool, weights: bool, track: Track) -> ModelSource:
     """The model of a Hub id or URL, on this node."""
     patterns = FILES if weights and not is_dummy else [pattern for pattern in FILES if pattern != WEIGHTS]
     path = bucket.fetch(origin, patterns, track) if "://" in origin else _download(origin, patterns)
-    if path.suffix == ".gguf":
-        source = _gguf(path, progress=False)
-    else:
-        source = _folder(path, "dummy" if is_dummy else "safetensors", has_weights=weights)
+    source = _gguf(path, progress=False) if path.suffix == ".gguf" else _folder(path, is_dummy, has_weights=weights)
     return dataclasses.replace(source, origin=origin)
 
 
@@ -101,23 +95,23 @@ def _gguf(file: Path, progress: bool) -> ModelSource:
     if not file.is_file():
         raise UsageError(f"no file {file}")
     folder = converted(file, progress)
-    config = ModelConfig.from_hf(_read_json(folder / "config.json"))
+    config = read_config(_read_json(folder / "config.json"))
     return ModelSource(str(file.resolve()), "gguf", config, str(folder))
 
 
-def _folder(folder: Path, load_format: Literal["safetensors", "dummy"], has_weights: bool = True) -> ModelSource:
+def _folder(folder: Path, is_dummy: bool, has_weights: bool = True) -> ModelSource:
     if not (folder / "config.json").is_file():
         raise UsageError(f"{folder} has no config.json: it is not a Hugging Face model folder")
     generation = folder / "generation_config.json"
-    config = ModelConfig.from_hf(
-        _read_json(folder / "config.json"), _read_json(generation) if generation.is_file() else None
-    )
-    if load_format == "safetensors" and has_weights and not any(folder.glob("*.safetensors")):
+    config = read_config(_read_json(folder / "config.json"), _read_json(generation) if generation.is_file() else None)
+    if not is_dummy and has_weights and not any(folder.glob("*.safetensors")):
         pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt*"))
         found = "only pickled weights, which can run code" if pickled else "no weights"
         raise UsageError(f"{folder} has {found}: rayllm reads .safetensors (or load_format='dummy': random ones)")
     path = str(folder.resolve())
-    return ModelSource(path, load_format, config, path if any(folder.glob("tokenizer*")) else None)
+    return ModelSource(
+        path, "dummy" if is_dummy else "safetensors", config, path if any(folder.glob("tokenizer*")) else None
+    )
 
 
 def _download(repo: str, patterns: list[str]) -> Path:

@@ -20,6 +20,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rayllm.checkpoint.sources import ModelSource
 from rayllm.config import EngineConfig
+from rayllm.engine import placement
 from rayllm.engine.shard import Shard, ShardStats
 from rayllm.errors import EngineDeadError
 from rayllm.messages.base import Stop
@@ -45,7 +46,7 @@ from rayllm.scheduling.sequence import Sequence
 logger = logging.getLogger("rayllm")
 
 STEPS_IN_FLIGHT = 2
-"""One that the shards execute, one that waits for them."""
+"""One step is executed by the shards, one waits for them."""
 
 SHORT_STEP_S = 0.002
 """A shorter step is over before the answer to the one before it has launched the next: then one more is in flight."""
@@ -59,34 +60,44 @@ SHARD_STOP_TIMEOUT_S = 2.0
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """What a client needs to know of a started engine."""
+    """What an engine's owner and clients need to know of it once it has started."""
 
     address: Address
-    """Of the driver's inbox."""
+    """The address of the driver's inbox."""
     num_blocks: int
+    """KV cache blocks of each shard."""
     prefill_backend: str
     """What prefill attention runs on, and why if that is not the fastest there is."""
 
 
 @dataclass(frozen=True)
 class EngineStats:
+    """What a driver has counted since it started, and how things are now; times are in seconds."""
+
     pid: int
-    """Of the driver."""
+    """The driver's process."""
     num_steps: int
+    """Steps sent to the shards, answered or not."""
     num_sequences: int
-    """That came, in all."""
+    """Sequences that came, whatever became of them."""
     num_in_flight: int
+    """Steps that are not answered yet."""
     num_running: int
+    """Sequences that have a lane now."""
     num_waiting: int
+    """Sequences that wait for one."""
     num_free_blocks: int
+    """KV cache blocks that no sequence uses now, cached ones among them."""
     num_preemptions: int
+    """How often a running sequence's blocks were taken away."""
     num_pruned_tokens: int
+    """Prompt tokens whose KV was not kept."""
     num_pruned_blocks: int
-    """Given back by prompts that were pruned."""
+    """Blocks given back by prompts that were pruned."""
     driver_s: float
-    """The driver was busy."""
+    """How long the driver was busy."""
     times: StepTimes
-    """Of all steps."""
+    """The sum of all answered steps' times."""
     stalled_s: float
     """How long the oldest step in flight has been waited for, a first step's time to compile not counted."""
     time_s: float
@@ -94,7 +105,11 @@ class EngineStats:
 
 
 class Driver:
-    """Leads one engine. The owner calls `start`, then `run`, which lasts as long as the engine."""
+    """Leads one engine. The owner calls `start`, then `run`, which lasts as long as the engine.
+
+    `start` raises `UsageError` for what shards find wrong (a damaged file, no room for one sequence), and whatever else
+    fails in them; `run` raises `EngineDeadError` when one is gone. The other methods may be called meanwhile.
+    """
 
     def __init__(self, config: EngineConfig, source: ModelSource, incarnation: int):
         self.config = config
@@ -107,22 +122,22 @@ class Driver:
         self._driver_s = 0.0
         self._times = StepTimes()
         self._step_s = 0.0
-        """Of the device, for the last step that was answered; 0 before."""
+        """How long the device took for the last step that was answered; 0 before."""
         self._last_progress = time.monotonic()
         """When something last came of the steps in flight; `COMPILATION_S` later for the first."""
 
     def start(self, placement_group: PlacementGroup, owner: Address) -> EngineInfo:
         """Makes the shards, all at once; returns when they can execute steps. `owner` is the owner's inbox."""
         config = self.config
-        resources: dict[str, Any] = {"num_cpus": 1}
-        if config.device == "cuda":
-            resources = {"num_cpus": 0, "num_gpus": 1}
-            if config.tensor_parallel_size > 1:  # symmetric memory wants ranks on distinct device numbers
-                resources["runtime_env"] = {"env_vars": {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}}
+        needed = placement.SHARD[config.device]
+        options: dict[str, Any] = {"num_cpus": needed.get("CPU", 0), "num_gpus": needed.get("GPU", 0)}
+        if config.device == "cuda" and config.tensor_parallel_size > 1:
+            # symmetric memory wants ranks on distinct device numbers
+            options["runtime_env"] = {"env_vars": {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}}
         shard_class = ray.remote(concurrency_groups={"control": 1})(Shard)
         self._shards = [
             shard_class.options(
-                **resources, scheduling_strategy=PlacementGroupSchedulingStrategy(placement_group, rank)
+                **options, scheduling_strategy=PlacementGroupSchedulingStrategy(placement_group, rank)
             ).remote(config, self.source, rank, self.incarnation)
             for rank in range(config.tensor_parallel_size)
         ]
@@ -135,7 +150,6 @@ class Driver:
         store = ray.get(self._shards[0].open_store.remote()) if len(self._shards) > 1 else None
         rooms = ray.get([shard.load.remote(store) for shard in self._shards])
         num_blocks = [min(room) for room in zip(*rooms, strict=True)]
-        assert config.max_model_len is not None and config.max_num_batched_tokens is not None
         self.scheduler = Scheduler(
             num_blocks=num_blocks,
             block_size=config.block_size,
@@ -160,19 +174,20 @@ class Driver:
 
     @ray.method(concurrency_group="control")
     def progress(self) -> Progress:
-        """Of the slowest shard."""
+        """How far the slowest shard is with its start."""
         if not self._shards:
             return Progress("placing shards")
         return min(ray.get([shard.progress.remote() for shard in self._shards]), key=lambda progress: progress.done)
 
     @ray.method(concurrency_group="control")
     def shard_stats(self) -> list[ShardStats]:
-        """By rank; waits for all shards."""
+        """Facts about the shards' processes, by rank; waits for all of them."""
         stats: list[ShardStats] = ray.get([shard.stats.remote() for shard in self._shards])
         return stats
 
     @ray.method(concurrency_group="control")
     def stats(self) -> EngineStats:
+        """What was counted so far; reads what the loop writes, so that numbers may be a step apart."""
         scheduler = self.scheduler
         return EngineStats(
             pid=os.getpid(),
@@ -236,7 +251,7 @@ class Driver:
         sender.close(linger_s=1)
 
     def _handle(self, message: DriverMessage) -> bool:
-        """Takes one message in; False ends the engine."""
+        """Takes one message in; returns False when the engine is to end."""
         match message:
             case StepOutput():
                 if message.incarnation == self.incarnation:
@@ -264,7 +279,6 @@ class Driver:
         return True
 
     def _sequence(self, client_id: int, new: NewSequence) -> Sequence:
-        assert self.config.max_model_len is not None
         params = new.params
         room = self.config.max_model_len - new.num_prompt_tokens
         eos_token_ids = () if params.ignore_eos else self.source.config.eos_token_ids

@@ -1,27 +1,28 @@
-"""Connects to Ray and reserves the resources of one engine: a placement group with one bundle per shard."""
+"""Connects to Ray and reserves the resources of engines: a placement group for each, with a bundle for each shard."""
 
 from __future__ import annotations
 
 import logging
 import os
 import time
-from pathlib import Path
 from typing import Literal
 
 import grpc
 import ray
 import yaml
-from ray._private import services  # the one that knows what "auto" means
-from ray.autoscaler.v2.utils import is_autoscaler_v2
-from ray.experimental.internal_kv import _internal_kv_exists
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from tqdm import tqdm
 
+from rayllm.config import DeviceName
+from rayllm.engine import ray_private
 from rayllm.errors import UsageError
 
 logger = logging.getLogger("rayllm")
 
 Resources = dict[str, float]
+
+SHARD: dict[DeviceName, Resources] = {"cpu": {"CPU": 1}, "cuda": {"GPU": 1}}
+"""What a shard needs, by its device."""
 
 CONNECT_TIMEOUT_S = 5.0
 """Longest wait for the first answer of a cluster; `ray.init` alone would try an address nobody serves for minutes."""
@@ -39,10 +40,11 @@ def connect(address: str | None, min_cpus: int) -> bool:
     """
     given = os.environ.get("RAY_ADDRESS")
     address = given if given and address in (None, "auto") else address or "local"
-    if "://" in address or (ray.is_initialized() and ray.util.client.ray.is_connected()):
+    if "://" in address or (ray.is_initialized() and ray_private.is_client()):
         raise UsageError(
             "the engine's own connections cannot cross a Ray client (ray://): run on a machine of the cluster, "
-            "with address='auto' or 'host:port'"
+            "with address='auto' or 'host:port'",
+            "address",
         )
     if ray.is_initialized():
         return False
@@ -54,33 +56,32 @@ def connect(address: str | None, min_cpus: int) -> bool:
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR, namespace="rayllm", **options)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         reason = " ".join(str(error).split())
-        raise UsageError(f"cannot {'start' if start else 'connect to'} Ray (address {address}): {reason}") from None
+        action = "start" if start else "connect to"
+        raise UsageError(f"cannot {action} Ray (address {address}): {reason}", "address") from None
     return start
 
 
 def _check_reachable(address: str) -> None:
-    """One call to the cluster's control store (GCS), the first that `ray.init` makes too."""
     hint = "give the host:port that `ray start --head` printed"
     try:
-        target = services.canonicalize_bootstrap_address(address)
+        cluster = ray_private.cluster_at(address)
     except (ConnectionError, ValueError, OSError):
-        raise UsageError(f"no Ray cluster found at address {address}: {hint}") from None
+        raise UsageError(f"no Ray cluster found at address {address}: {hint}", "address") from None
     if os.environ.get("RAY_USE_TLS", "0") not in ("0", ""):
         return
-    with grpc.insecure_channel(target, options=[("grpc.enable_http_proxy", 0)]) as channel:
-        try:
-            channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")(b"", timeout=CONNECT_TIMEOUT_S)
-        except grpc.RpcError as error:
-            if error.code() != grpc.StatusCode.UNAUTHENTICATED:
-                raise UsageError(f"no Ray cluster answers at {target}: {hint}") from None
-            if address != "auto" and os.environ.get("RAY_AUTH_MODE", "").lower() != "token":
-                raise UsageError(
-                    f"the Ray cluster at {target} asks for a token: before Python starts, set "
-                    "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN unless the token is in ~/.ray/auth_token"
-                ) from None
+    answer = ray_private.ask(cluster, CONNECT_TIMEOUT_S)
+    if answer not in (grpc.StatusCode.OK, grpc.StatusCode.UNAUTHENTICATED):
+        raise UsageError(f"no Ray cluster answers at {cluster}: {hint}", "address")
+    has_token = address == "auto" or os.environ.get("RAY_AUTH_MODE", "").lower() == "token"
+    if answer == grpc.StatusCode.UNAUTHENTICATED and not has_token:
+        raise UsageError(
+            f"the Ray cluster at {cluster} asks for a token: before Python starts, set "
+            "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN unless the token is in ~/.ray/auth_token",
+            "address",
+        )
 
 
-def choose_device(requested: Literal["auto", "cpu", "cuda"]) -> Literal["cpu", "cuda"]:
+def choose_device(requested: DeviceName | Literal["auto"]) -> DeviceName:
     """CUDA for "auto" where the cluster has GPUs or its autoscaler may add some. Touches no GPU."""
     if requested != "auto":
         return requested
@@ -91,36 +92,35 @@ def choose_device(requested: Literal["auto", "cpu", "cuda"]) -> Literal["cpu", "
     return "cuda" if _can_hold(nodes, [{"GPU": 1}], "PACK") else "cpu"
 
 
+def bundles_of(tensor_parallel_size: int, device: DeviceName) -> list[Resources]:
+    """What an engine reserves: bundle i is shard i's, bundle 0 also the driver's."""
+    return [{"CPU": 1} | SHARD[device]] + [SHARD[device]] * (tensor_parallel_size - 1)
+
+
 def reserve(
-    tensor_parallel_size: int,
-    device: Literal["cpu", "cuda"],
-    placement_timeout_s: float,
-    progress: bool = True,
-    strategy: str = "STRICT_PACK",
+    tensor_parallel_size: int, device: DeviceName, placement_timeout_s: float, progress: bool = True
 ) -> PlacementGroup:
     """A placement group that is ready, for one engine: see `reserve_all`."""
-    [group] = reserve_all(1, tensor_parallel_size, device, placement_timeout_s, progress, strategy)
+    [group] = reserve_all(1, tensor_parallel_size, device, placement_timeout_s, progress)
     return group
 
 
 def reserve_all(
     num_engines: int,
     tensor_parallel_size: int,
-    device: Literal["cpu", "cuda"],
+    device: DeviceName,
     placement_timeout_s: float,
     progress: bool = True,
-    strategy: str = "STRICT_PACK",
 ) -> list[PlacementGroup]:
-    """One placement group for each engine, all ready: bundle i is shard i's, bundle 0 also the driver's.
+    """One placement group for each engine, all ready, of the bundles of `bundles_of`.
 
-    STRICT_PACK becomes PACK when no node of the cluster, present or to be added, can ever hold all bundles. Raises
-    `UsageError` at once if the cluster can never hold them, and after `placement_timeout_s` seconds if its resources
-    stay taken or its autoscaler adds none; nothing stays reserved then. `progress` shows the wait on stderr.
+    Their strategy is STRICT_PACK, or PACK where no node of the cluster, present or to be added, can ever hold all
+    bundles of an engine. Raises `UsageError` at once if the cluster can never hold them, and after
+    `placement_timeout_s` seconds if its resources stay taken or its autoscaler adds none; nothing stays reserved then.
+    `progress` shows the wait on stderr.
     """
-    first: Resources = {"CPU": 1, "GPU": 1} if device == "cuda" else {"CPU": 1}
-    other: Resources = {"GPU": 1} if device == "cuda" else {"CPU": 1}
-    bundles = [first] + [other] * (tensor_parallel_size - 1)
-    strategy = _feasible_strategy(bundles, strategy, num_engines)
+    bundles = bundles_of(tensor_parallel_size, device)
+    strategy = _feasible_strategy(bundles, num_engines)
     groups = [placement_group(bundles, strategy) for _ in range(num_engines)]
     try:
         _wait(groups, bundles, placement_timeout_s, progress)
@@ -137,22 +137,23 @@ def release(group: PlacementGroup) -> None:
         remove_placement_group(group)
 
 
-def _feasible_strategy(bundles: list[Resources], strategy: str, num_engines: int) -> str:
-    """`strategy`, or PACK if only that can ever be met; a `UsageError` if nothing can."""
+def _feasible_strategy(bundles: list[Resources], num_engines: int) -> str:
+    """STRICT_PACK, or PACK if only that can ever be met; a `UsageError` if nothing can."""
     nodes, every = _nodes(), bundles * num_engines
-    if _can_hold(nodes, bundles, strategy) and _can_hold(nodes, every, "PACK"):
-        return strategy
+    if _can_hold(nodes, bundles, "STRICT_PACK") and _can_hold(nodes, every, "PACK"):
+        return "STRICT_PACK"
     addable = _addable_nodes(count=len(every))
     if addable is None:
-        return strategy
+        return "STRICT_PACK"
     if not _can_hold(nodes + addable, every, "PACK"):
         grown = f" and can grow to {_text(_sum(nodes + addable), bundles)}" if addable else " and nothing can add nodes"
         raise UsageError(
             f"{_cause(bundles, num_engines)} {_text(_sum(every), bundles)}, but the cluster has "
-            f"{_text(_sum(nodes), bundles)}{grown}: {_remedy(num_engines)} or add nodes"
+            f"{_text(_sum(nodes), bundles)}{grown}: {_remedy(num_engines)} or add nodes",
+            "tensor_parallel_size",
         )
-    if _can_hold(nodes + addable, bundles, strategy):
-        return strategy
+    if _can_hold(nodes + addable, bundles, "STRICT_PACK"):
+        return "STRICT_PACK"
     logger.info("no single node can hold %s: the shards span nodes (PACK)", _text(_sum(bundles), bundles))
     return "PACK"
 
@@ -188,13 +189,15 @@ def _wait(groups: list[PlacementGroup], bundles: list[Resources], timeout_s: flo
                 raise UsageError(
                     f"{_cause(bundles, len(groups))} {needed}, but after {timeout_s:g} s only {free} of "
                     f"the cluster's {total} are free: {_remedy(len(groups))}, free or add resources, or raise "
-                    "placement_timeout_s"
+                    "placement_timeout_s",
+                    "tensor_parallel_size",
                 )
             bar.set_postfix_str(f"{free} of {total} free", refresh=False)
             bar.update(elapsed - bar.n)
 
 
 def has_many_nodes() -> bool:
+    """Whether the cluster has more than one living node."""
     return len(_nodes()) > 1
 
 
@@ -219,33 +222,14 @@ def _can_hold(nodes: list[Resources], bundles: list[Resources], strategy: str) -
 
 
 def _addable_nodes(count: int) -> list[Resources] | None:
-    """The nodes an autoscaler may still add, at most `count` of a type: [] without one, None if that is unknown.
-
-    Ray tells nobody what its autoscaler is set to. `ray up` and `ray start --head` run it beside the head node's other
-    processes, its configuration a file on its command line, or no such file when there is nothing to scale. KubeRay
-    runs it elsewhere: there is no such process then, but it reports to the GCS.
-    """
-
-    def find_configuration() -> str | None:  # travels by value: the head node need not have rayllm
-        gcs_address = f"--gcs-address={ray.get_runtime_context().gcs_address}"
-        for path in Path("/proc").glob("[0-9]*/cmdline"):
-            try:
-                arguments = path.read_text().split("\0")
-            except OSError:  # the process is gone, or somebody else's
-                continue
-            if gcs_address in arguments and any(name.endswith("/monitor.py") for name in arguments):
-                files = [a.partition("=")[2] for a in arguments if a.startswith("--autoscaling-config=")]
-                return Path(files[0]).expanduser().read_text() if files else ""
-        return None
-
-    task = ray.remote(num_cpus=0, resources={"node:__internal_head__": 0.001}, max_retries=0)(find_configuration)
+    """The nodes an autoscaler may still add, at most `count` of a type: [] without one, None if that is unknown."""
     try:
-        found = ray.get(task.remote(), timeout=HEAD_TIMEOUT_S)
+        found = ray_private.read_autoscaler_file(HEAD_TIMEOUT_S)
     except ray.exceptions.RayError as error:
         logger.info("cannot tell what the autoscaler may add: %s", error)
         return None
     if found is None:
-        return None if is_autoscaler_v2(fetch_from_server=True) or _internal_kv_exists("__autoscaling_status") else []
+        return None if ray_private.has_autoscaler_elsewhere() else []
     configuration = yaml.safe_load(found) or {"available_node_types": {}}
     nodes: list[Resources] = []
     for name, node_type in configuration["available_node_types"].items():

@@ -34,12 +34,18 @@ class ShardStats:
 
     pid: int
     bytes_read: int
-    """From the checkpoint."""
+    """How much it read of the checkpoint."""
     peak_memory_bytes: int
+    """The most that its tensors took at once on a GPU, or the whole process on a CPU."""
 
 
 class Shard:
-    """Rank `rank` of one engine. The driver calls `load`, `start`, then `run`, which lasts as long as the engine."""
+    """Rank `rank` of one engine.
+
+    The driver calls `place`, on rank 0 of several `open_store`, `load`, `start`, then `run`, which lasts as long as the
+    engine. `load` and `start` raise `UsageError` for what cannot work here: a model that is not on this node or does
+    not fit into its memory, a damaged file. `progress` and `stats` may be called meanwhile.
+    """
 
     def __init__(self, config: EngineConfig, source: ModelSource, rank: int, incarnation: int):
         self.config = config
@@ -54,16 +60,16 @@ class Shard:
 
     def open_store(self) -> tuple[str, int]:
         """On rank 0: opens the store where the ranks meet; returns its host and port."""
-        from rayllm.runner import parallel
+        from rayllm.runner import process_group
 
         self._tracker.stage("importing torch")
-        self._store = parallel.open_store(local_host(), self.config.tensor_parallel_size)
+        self._store = process_group.open_store(local_host(), self.config.tensor_parallel_size)
         return self._store.host, self._store.port
 
     def load(self, store: tuple[str, int] | None) -> list[int]:
         """Joins the other ranks, loads the weights; returns how many blocks of each KV group there is room for."""
         self._tracker.stage("importing torch")
-        from rayllm.runner import parallel, warm_up
+        from rayllm.runner import process_group, warm_up
         from rayllm.runner.device import DTYPES, open_device
         from rayllm.runner.loading import load_model
 
@@ -73,12 +79,10 @@ class Shard:
         self._tracker.stage("looking for the model")
         source = self.source.on_this_node(weights=True, track=self._tracker.track)
         self._tracker.stage("joining ranks")
-        assert config.max_num_batched_tokens is not None
         numbers = config.max_num_batched_tokens * source.config.hidden_size
         node_id = ray.get_runtime_context().get_node_id()
         shared = numbers, DTYPES[config.dtype]
-        tp = parallel.join(self.rank, config.tensor_parallel_size, store, self.device, node_id, shared)
-        warm_up.import_attention(self.device, config, source.config)
+        tp = process_group.join(self.rank, config.tensor_parallel_size, store, self.device, node_id, shared)
         self.model = load_model(config, source, tp, self.device, self._tracker.track)
         self._tracker.stage("compiling kernels")
         warm_up.compile_kernels(self.model)
@@ -99,10 +103,12 @@ class Shard:
 
     @ray.method(concurrency_group="control")
     def progress(self) -> Progress:
+        """How far `load` or `start` is."""
         return self._tracker.progress
 
     @ray.method(concurrency_group="control")
     def stats(self) -> ShardStats:
+        """Facts about this process; `load` must have ended."""
         return ShardStats(os.getpid(), self.model.bytes_read, self.device.peak_memory())
 
     def run(self, driver: Address) -> None:

@@ -6,11 +6,13 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 from rayllm.checkpoint.sources import resolve_model
-from rayllm.config import EngineConfig
+from rayllm.config import EngineArgs
 from rayllm.engine.engine import Engine
+from rayllm.engine.launcher import Launcher
+from rayllm.errors import UsageError
 from rayllm.frontend.client import Client, Prompt
 from rayllm.frontend.output import Increment
-from rayllm.frontend.tokenizer import load_tokenizer
+from rayllm.frontend.tokenizer import Tokenizer, load_tokenizer
 from rayllm.sampling_params import SamplingParams
 
 
@@ -21,31 +23,56 @@ class AsyncLLM:
             async for increment in llm.generate("Hello", SamplingParams(max_tokens=32)):
                 print(increment.text, end="")
 
-    Keyword arguments are the fields of `EngineConfig`. Construction blocks until the engine is ready; it raises
-    `UsageError` for what cannot work.
+    Keyword arguments are the fields of `EngineArgs`; `address` names a Ray cluster, by default one is started on this
+    machine. Construction only checks the arguments; the engine starts where `async with` begins, or with `start`.
     """
 
+    tokenizer: Tokenizer | None
+    """None with skip_tokenizer_init. This and the engine are there once it is started."""
+    engine: Engine
+
     def __init__(self, model: str, *, address: str | None = None, progress: bool = True, **arguments: Any):
-        config = EngineConfig.of(model=model, **arguments)
-        source = resolve_model(config.model, config.load_format, progress=progress)
-        self.tokenizer = load_tokenizer(config, source)
-        self.engine = Engine(config, source, address, progress)
-        self.config = self.engine.config
-        self.client = Client(self.engine, self.config, source.config, self.tokenizer, self.engine.host)
+        """Raises `UsageError` for arguments that can never work."""
+        self._args = EngineArgs.of(model=model, **arguments)
+        self._address = address
+        self._progress = progress
+        self._client: Client | None = None
         self._is_closed = False
 
     async def __aenter__(self) -> AsyncLLM:
+        self.start()
         return self
 
     async def __aexit__(self, *exception: object) -> None:
         self.close()
 
+    def start(self) -> None:
+        """Starts the engine; blocks this thread, an event loop's too, until it is ready. A failed start leaves nothing.
+
+        Raises `UsageError` for what cannot work with this model and cluster, and `EngineDeadError` when a process of
+        the engine fails.
+        """
+        if self._client is not None:
+            raise UsageError("this engine has been started before: make another")
+        args = self._args
+        source = resolve_model(args.model, args.load_format, progress=self._progress)
+        self.tokenizer = load_tokenizer(args, source)
+        self.engine = Engine(Launcher.connect(args, source, self._address, self._progress), self._progress)
+        self._client = Client(self.engine, self.engine.config, source.config, self.tokenizer, self.engine.host)
+
     def close(self) -> None:
-        """Ends the engine; requests that are not finished raise `EngineDeadError`."""
-        if not self._is_closed:
+        """Ends the engine, if it was started; requests that are not finished raise `EngineDeadError`."""
+        if self._client is not None and not self._is_closed:
             self._is_closed = True
-            self.client.close()
+            self._client.close()
             self.engine.close()
+
+    @property
+    def client(self) -> Client:
+        """What sends prompts to the engine. Raises `UsageError` before the start."""
+        if self._client is None:
+            raise UsageError("this engine has not been started: use `async with AsyncLLM(…) as llm`")
+        return self._client
 
     def generate(
         self, prompt: Prompt, params: SamplingParams | None = None, *, cache_salt: str | None = None

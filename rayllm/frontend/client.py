@@ -78,7 +78,6 @@ class Client:
         tokenizer: Tokenizer | None,
         host: str | None = None,
     ):
-        assert config.max_model_len is not None
         self._config = config
         self.max_model_len = config.max_model_len
         self.vocab_size = model.vocab_size

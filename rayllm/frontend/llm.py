@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import contextlib
-import threading
 import time
 import weakref
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from tqdm import tqdm
 
 from rayllm.errors import EngineDeadError, UsageError
 from rayllm.frontend.async_llm import AsyncLLM
+from rayllm.frontend.bridge import Bridge
 from rayllm.frontend.client import Prompt
 from rayllm.frontend.output import Increment
 from rayllm.messages.step import Logprobs
 from rayllm.sampling_params import SamplingParams
-
-T = TypeVar("T")
-
-CANCEL_TIMEOUT_S = 1
 
 
 class LLM:
@@ -32,17 +26,17 @@ class LLM:
         with LLM("/path/to/model") as llm:
             print(llm.generate(["Hello"], SamplingParams(max_tokens=32))[0]["text"])
 
-    Keyword arguments are the fields of `EngineConfig`; `address` names a Ray cluster, by default one is started on
-    this machine. Without `with`, `close` ends it; so do the end of the object and of the process.
+    Keyword arguments are the fields of `EngineArgs`; `address` names a Ray cluster, by default one is started on this
+    machine. Construction blocks until the engine is ready; it raises `UsageError` for what cannot work, and
+    `EngineDeadError` when a process of the engine fails. Without `with`, `close` ends it; so do the end of the object
+    and of the process.
     """
 
     def __init__(self, model: str, *, address: str | None = None, progress: bool = True, **arguments: Any):
         self.async_llm = AsyncLLM(model, address=address, progress=progress, **arguments)
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="rayllm", daemon=True)
-        self._thread.start()
-        self._gate = _Gate()
-        self._finalizer = weakref.finalize(self, _close, self._gate, self.async_llm, self._loop, self._thread)
+        self.async_llm.start()
+        self._bridge = Bridge()
+        self._finalizer = weakref.finalize(self, self._bridge.close, self.async_llm.close)
 
     def __enter__(self) -> LLM:
         return self
@@ -51,6 +45,7 @@ class LLM:
         self.close()
 
     def close(self) -> None:
+        """Ends the engine; calls of other threads that are not finished raise `EngineDeadError`."""
         self._finalizer()
 
     def generate(
@@ -73,21 +68,22 @@ class LLM:
             sampling_params = [sampling_params or SamplingParams()] * len(prompt_list)
         if len(sampling_params) != len(prompt_list):
             raise UsageError(
-                f"{len(sampling_params)} sampling params for {len(prompt_list)} prompts: give one, or one for each"
+                f"{len(sampling_params)} sampling params for {len(prompt_list)} prompts: give one, or one for each",
+                "sampling_params",
             )
         token_ids = [self.async_llm.client.prepare(p, s) for p, s in zip(prompt_list, sampling_params, strict=True)]
         with _Rates(len(prompt_list), use_tqdm) as rates:
-            return self._run(lambda: self._generate_all(token_ids, sampling_params, rates))
+            return self._bridge.run(lambda: self._generate_all(token_ids, sampling_params, rates))
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Increment]:
         """`AsyncLLM.generate` as an ordinary iterator; leaving it early aborts the request."""
         increments = self.async_llm.generate(prompt, params)
         try:
-            while (increment := self._run(lambda: anext(increments, None))) is not None:
+            while (increment := self._bridge.run(lambda: anext(increments, None))) is not None:
                 yield increment
         finally:
             with contextlib.suppress(EngineDeadError):  # closed, by whomever: then there is nothing to abort
-                self._run(increments.aclose)
+                self._bridge.run(increments.aclose)
 
     async def _generate_all(
         self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams], rates: _Rates
@@ -119,82 +115,6 @@ class LLM:
                 choice |= {"finish_reason": increment.finish_reason, "stop_reason": increment.stop_reason}
         rates.finished()
         return choices[0] | ({"choices": choices} if params.n > 1 else {})
-
-    def _run(self, work: Callable[[], Awaitable[T]]) -> T:
-        """Runs it on the engine's loop; cancels it, so that its requests are aborted, if this thread is interrupted.
-
-        An interrupt may come anywhere, also in the midst of handing work to the loop.
-        """
-        result: concurrent.futures.Future[T] = concurrent.futures.Future()
-        tasks: list[asyncio.Task[T]] = []
-
-        async def run() -> T:
-            return await work()
-
-        def start() -> None:
-            tasks.append(self._loop.create_task(run()))
-            tasks[0].add_done_callback(finish)
-
-        def finish(task: asyncio.Task[T]) -> None:
-            if task.cancelled():
-                result.cancel()
-            elif error := task.exception():
-                result.set_exception(error)
-            else:
-                result.set_result(task.result())
-
-        def cancel() -> None:
-            if tasks:
-                tasks[0].cancel()
-            else:
-                result.cancel()
-
-        try:
-            self._gate.pass_on(self._loop, start)
-            return result.result()
-        except concurrent.futures.CancelledError:
-            raise EngineDeadError("the engine was closed") from None
-        except BaseExceptionGroup as group:
-            raise group.exceptions[0] from None
-        except BaseException:
-            if not result.done():
-                with contextlib.suppress(EngineDeadError):  # whoever closes cancels everything
-                    self._gate.pass_on(self._loop, cancel)
-                    # until it has ended, a generator that it runs cannot be closed
-                    concurrent.futures.wait([result], CANCEL_TIMEOUT_S)
-            raise
-
-
-@dataclass
-class _Gate:
-    """Through which threads give work to the loop, until it is closed."""
-
-    lock: Any = field(default_factory=threading.RLock)  # a stream that is collected meanwhile passes through it too
-    is_closed: bool = False
-
-    def pass_on(self, loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) -> None:
-        with self.lock:
-            if self.is_closed:
-                raise EngineDeadError("the engine was closed")
-            loop.call_soon_threadsafe(callback)
-
-
-def _close(gate: _Gate, async_llm: AsyncLLM, loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
-    async def close() -> None:
-        async_llm.close()
-        if requests := asyncio.all_tasks() - {asyncio.current_task()}:  # of other threads, which hear of it
-            _, stuck = await asyncio.wait(requests, timeout=CANCEL_TIMEOUT_S)
-            for request in stuck:  # it waits for something else, a restart of the engine, say
-                request.cancel()
-            await asyncio.gather(*stuck, return_exceptions=True)
-        await loop.shutdown_asyncgens()  # streams that nobody reads just now
-
-    with gate.lock:
-        gate.is_closed = True
-    asyncio.run_coroutine_threadsafe(close(), loop).result()
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join()
-    loop.close()
 
 
 def _as_list(prompts: Any) -> list[Prompt]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rayllm.checkpoint.gguf import converted
 from rayllm.checkpoint.sources import ModelSource
-from rayllm.config import EngineConfig
+from rayllm.config import EngineArgs
 from rayllm.errors import UsageError
 
 if TYPE_CHECKING:
@@ -109,11 +109,11 @@ class Tokenizer:
         return self.encode(text, add_special_tokens=False)  # the template writes them itself
 
 
-def load_tokenizer(config: EngineConfig, source: ModelSource) -> Tokenizer | None:
+def load_tokenizer(args: EngineArgs, source: ModelSource) -> Tokenizer | None:
     """The tokenizer that the arguments name, or else the model's own; None if they skip it."""
-    if config.skip_tokenizer_init:
+    if args.skip_tokenizer_init:
         return None
-    if (path := config.tokenizer or source.tokenizer_path) is None:
+    if (path := args.tokenizer or source.tokenizer_path) is None:
         raise UsageError(f"{source.path} has no tokenizer: name one with tokenizer, or set skip_tokenizer_init")
     return Tokenizer.from_source(path)
 

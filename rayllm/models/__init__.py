@@ -1,5 +1,4 @@
-"""The models that rayllm runs: one decoder, of which Llama, Mistral, Qwen2 and Qwen3 are configurations."""
+"""The models that rayllm runs: one decoder, whose configurations the architectures are.
 
-from rayllm.models.decoder import Attend, Decoder, build_model
-
-__all__ = ["Attend", "Decoder", "build_model"]
+It knows nothing of batches, of caches, or of the files that weights come from.
+"""

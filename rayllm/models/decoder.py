@@ -1,4 +1,4 @@
-"""A dense decoder: Llama 2 and 3, Mistral, Qwen2 and Qwen3 differ only by their ModelConfig.
+"""A dense decoder, of which all architectures are configurations.
 
 It knows nothing of batches or the KV cache: the caller passes all tokens flat, and a function that attends.
 """
@@ -19,18 +19,24 @@ from rayllm.models.layers import (
     RowParallelLinear,
     Split,
     VocabParallelEmbedding,
+    VocabParallelHead,
     WeightSlice,
     rope_table,
 )
-from rayllm.runner.parallel import TensorParallel
+from rayllm.models.parallel import TensorParallel
 
 
 class Attend(Protocol):
+    """Attends to the cache, which only the caller knows."""
+
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rope: Rope, /) -> torch.Tensor:
-        """q [T, Hq, D], k and v [T, Hkv, D] of this rank's heads, q and k still to be rotated → [T, Hq, D]."""
+        """Layer `layer`'s q [T, Hq, D], k and v [T, Hkv, D] of this rank's heads, q and k still to be rotated and, if
+        `rope` has norms, to be normalised before → [T, Hq, D]; all of the model's dtype."""
 
 
 class Attention(nn.Module):
+    """The projections around attention, split over the ranks by heads."""
+
     def __init__(self, config: ModelConfig, layer: int, tp: TensorParallel, dtype: torch.dtype) -> None:
         super().__init__()
         self.layer = layer
@@ -52,6 +58,7 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(dim, config.rms_norm_eps, dtype) if config.qk_norm else None
 
     def forward(self, x: torch.Tensor, positions: torch.Tensor, rope: torch.Tensor, attend: Attend) -> torch.Tensor:
+        """x [T, H], positions [T] int64, rope as in `Decoder` → [T, H], summed over the ranks."""
         q, k, v = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim)).split(self.sizes, dim=1)
         norms = None
         if self.q_norm is not None and self.k_norm is not None:
@@ -59,6 +66,7 @@ class Attention(nn.Module):
         return self.o_proj(attend(self.layer, q, k, v, Rope(positions, rope, norms)).flatten(1))
 
     def weight_slices(self, prefix: str) -> Iterator[WeightSlice]:
+        """What this rank takes of the checkpoint's tensors that begin with `prefix`."""
         yield from self.qkv_proj.weight_slices(prefix)
         yield from self.o_proj.weight_slices(prefix)
         if self.q_norm is not None and self.k_norm is not None:
@@ -67,6 +75,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """down(silu(gate(x)) · up(x)), split over the ranks by its inner dimension (arXiv:2002.05202)."""
+
     def __init__(self, config: ModelConfig, tp: TensorParallel, dtype: torch.dtype) -> None:
         super().__init__()
         inner = Split.even(config.intermediate_size, tp.rank, tp.size)
@@ -78,14 +88,18 @@ class MLP(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [T, H] → [T, H], summed over the ranks."""
         return self.down_proj(silu_and_mul(self.gate_up_proj(x)))
 
     def weight_slices(self, prefix: str) -> Iterator[WeightSlice]:
+        """What this rank takes of the checkpoint's tensors that begin with `prefix`."""
         yield from self.gate_up_proj.weight_slices(prefix)
         yield from self.down_proj.weight_slices(prefix)
 
 
 class DecoderLayer(nn.Module):
+    """Attention and MLP, each normalised before and added to the residual."""
+
     def __init__(self, config: ModelConfig, layer: int, tp: TensorParallel, dtype: torch.dtype) -> None:
         super().__init__()
         self.input_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
@@ -101,7 +115,7 @@ class DecoderLayer(nn.Module):
         rope: torch.Tensor,
         attend: Attend,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Takes and returns (x, residual) [T, H], to be added; no residual yet before the first layer."""
+        """Takes and returns (x, residual) [T, H], still to be added; before the first layer there is no residual."""
         if residual is None:
             x, residual = self.input_norm(x), x
         else:
@@ -111,6 +125,7 @@ class DecoderLayer(nn.Module):
         return self.mlp(x), residual
 
     def weight_slices(self, prefix: str) -> Iterator[WeightSlice]:
+        """What this rank takes of the checkpoint's tensors that begin with `prefix`."""
         yield from self.input_norm.weight_slices(f"{prefix}input_layernorm")
         yield from self.attention.weight_slices(f"{prefix}self_attn.")
         yield from self.post_attention_norm.weight_slices(f"{prefix}post_attention_layernorm")
@@ -118,7 +133,7 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """One rank's part of the model. `rope`: [max_model_len, head_dim] float32, shared by all layers."""
+    """One rank's part of the model. `rope` [max_model_len, head_dim] float32 (`rope_table`) serves all layers."""
 
     rope: torch.Tensor
 
@@ -128,15 +143,13 @@ class Decoder(nn.Module):
         self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, tp, dtype)
         self.layers = nn.ModuleList(DecoderLayer(config, layer, tp, dtype) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        if config.tie_word_embeddings:
-            self.lm_head = self.embed_tokens
-        else:
-            self.lm_head = VocabParallelEmbedding(config.vocab_size, config.hidden_size, tp, dtype)
+        tied = self.embed_tokens if config.tie_word_embeddings else None
+        self.lm_head = VocabParallelHead(config.vocab_size, config.hidden_size, tp, dtype, tied)
         rope = rope_table(config, max_model_len).to(self.norm.weight.device)
         self.register_buffer("rope", rope, persistent=False)
 
     def forward(self, token_ids: torch.Tensor, positions: torch.Tensor, attend: Attend) -> torch.Tensor:
-        """token_ids, positions [T] int64 → normalised hidden states [T, hidden_size], the same on all.
+        """token_ids, positions [T] int64 → normalised hidden states [T, hidden_size], the same on all ranks.
 
         `attend` is called once per layer, in order.
         """
@@ -148,26 +161,27 @@ class Decoder(nn.Module):
         return self.norm.add(x, residual)[0]
 
     def compute_logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """hidden [S, hidden_size] → this rank's logits [S, padded_vocab_size / ranks] in the model's dtype, in `out` if
-        that is given."""
-        return self.lm_head.logits(hidden, out)
+        """hidden [S, hidden_size] → this rank's logits [S, n] of the model's dtype, in `out` if that is given.
+
+        n · ranks is the vocabulary's size, rounded up; logits beyond it are −inf.
+        """
+        logits: torch.Tensor = self.lm_head(hidden, out)
+        return logits
 
     def pack(self) -> None:
-        """To be called when all weights are loaded."""
-        for module in self.modules():
-            if isinstance(module, ColumnParallelLinear | RowParallelLinear):
-                module.pack()
-        self.lm_head.pack()
+        """Makes the loaded weights ready for speed; they cannot be loaded again."""
+        kinds = ColumnParallelLinear | RowParallelLinear | VocabParallelHead
+        for module in [module for module in self.modules() if isinstance(module, kinds)]:
+            module.pack()  # one by one: what is packed is free before the next
 
     def weight_slices(self) -> Iterator[WeightSlice]:
-        """Every parameter of this rank, and what it takes from a Hugging Face checkpoint."""
-        yield from self.embed_tokens.weight_slices("model.embed_tokens.weight")
+        """Every parameter of this rank, and what it takes of a checkpoint with Hugging Face's names."""
+        yield from self.embed_tokens.weight_slices("model.embed_tokens")
         for index, layer in enumerate(self.layers):
             assert isinstance(layer, DecoderLayer)
             yield from layer.weight_slices(f"model.layers.{index}.")
         yield from self.norm.weight_slices("model.norm")
-        if self.lm_head is not self.embed_tokens:
-            yield from self.lm_head.weight_slices("lm_head.weight")
+        yield from self.lm_head.weight_slices("lm_head")
 
 
 def build_model(
@@ -177,7 +191,7 @@ def build_model(
     dtype: torch.dtype,
     max_model_len: int,
 ) -> Decoder:
-    """Allocates this rank's parameters on `device`, uninitialised: fill them with `weights.load_weights`.
+    """Allocates this rank's parameters of `dtype` on `device`, uninitialised: `load_weights` fills them.
 
     Raises UsageError when the model cannot be split over `tp.size` ranks.
     """

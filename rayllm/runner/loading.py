@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 
+import torch
 from rayllm_kernels import prefill_backend
 
 from rayllm.checkpoint.sources import ModelSource
@@ -11,9 +13,9 @@ from rayllm.checkpoint.weights import load_weights
 from rayllm.config import EngineConfig
 from rayllm.model_config import ModelConfig
 from rayllm.models.decoder import Decoder, build_model
+from rayllm.models.parallel import TensorParallel
 from rayllm.progress import Track, untracked
 from rayllm.runner.device import DTYPES, Device
-from rayllm.runner.parallel import TensorParallel
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,14 @@ def load_model(
 ) -> LoadedModel:
     """Makes the model and fills its weights. Raises `UsageError` for a checkpoint that does not fit the model."""
     decoder = build_model(source.config, tp, device.torch_device, DTYPES[config.dtype], config.max_model_len)
+    # what attention runs on takes seconds to import, as the weights do to be read
+    threading.Thread(target=_import_attention, args=(config, source.config, device), daemon=True).start()
     bytes_read = load_weights(decoder, source, tp, track)
     decoder.pack()
     return LoadedModel(decoder, config, source.config, tp, device, bytes_read)
+
+
+def _import_attention(config: EngineConfig, model: ModelConfig, device: Device) -> None:
+    if device.is_cuda:
+        torch.cuda.set_device(device.torch_device)  # a thread has its own current device
+    prefill_backend(DTYPES[config.dtype], model.head_dim)

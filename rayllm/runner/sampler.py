@@ -9,9 +9,9 @@ import torch
 from rayllm_kernels import filter_logits, sample_gumbel
 
 from rayllm.messages.step import Logprobs
+from rayllm.models.parallel import TensorParallel
 from rayllm.runner.device import HostCopies
 from rayllm.runner.lanes import Lanes
-from rayllm.runner.parallel import TensorParallel
 
 
 @dataclass(frozen=True)

@@ -6,33 +6,18 @@ Both run steps on an executor of their own, which is gone when they end.
 from __future__ import annotations
 
 import gc
-import threading
 from array import array
 
 import torch
-from rayllm_kernels import compiling, prefill_backend
+from rayllm_kernels import compiling
 
-from rayllm.config import EngineConfig
 from rayllm.messages.base import pack_ids
 from rayllm.messages.step import LaneStart, StepInput
-from rayllm.model_config import ModelConfig
 from rayllm.runner import kv_cache, precompile
-from rayllm.runner.device import DTYPES, Device
 from rayllm.runner.executor import Executor
 from rayllm.runner.loading import LoadedModel
 from rayllm.runner.model_input import pack_padding, unpack
 from rayllm.sampling_params import SamplingParams
-
-
-def import_attention(device: Device, config: EngineConfig, model: ModelConfig) -> None:
-    """Begins to import what prefill attention runs on, in a thread: it takes seconds, as does loading weights."""
-
-    def run() -> None:
-        if device.is_cuda:
-            torch.cuda.set_device(device.torch_device)  # a thread has its own current device
-        prefill_backend(DTYPES[config.dtype], model.head_dim)
-
-    threading.Thread(target=run, daemon=True).start()
 
 
 @torch.inference_mode()

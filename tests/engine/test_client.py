@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from rayllm import SamplingParams
-from rayllm.config import EngineConfig
+from rayllm.config import EngineArgs
 from rayllm.errors import EngineDeadError
 from rayllm.frontend.client import MAX_DEATHS, Client
 from rayllm.messages.base import BYTES_PER_ID
 from rayllm.messages.sequences import NewSequence, SequenceUpdate, Updates
 from rayllm.messages.transport import Address, Sender
+from rayllm.model_config import ModelConfig
 
 LENGTH = 3 * MAX_DEATHS
+SIZES = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4}
+MODEL = ModelConfig.from_hf({"model_type": "llama", "vocab_size": 100, "num_hidden_layers": 1, **SIZES})
 
 
 class DyingLink:
@@ -46,8 +48,7 @@ class DyingLink:
 
 
 async def answer(link: DyingLink) -> list[int]:
-    config = EngineConfig(model="any", max_model_len=64)
-    client = Client(link, config, SimpleNamespace(vocab_size=100), tokenizer=None)
+    client = Client(link, EngineArgs(model="any").resolve(MODEL, "cpu"), MODEL, tokenizer=None)
     token_ids: list[int] = []
     try:
         async for increment in client.answer([[1, 2, 3]], SamplingParams(max_tokens=LENGTH)):

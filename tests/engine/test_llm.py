@@ -287,6 +287,17 @@ def test_damaged_weights(engine_pool, model_paths, tmp_path):
 # AsyncLLM
 
 
+def test_construction_only_checks_arguments():
+    with pytest.raises(UsageError, match="did you mean max_model_len"):
+        AsyncLLM("nowhere/at/all", max_modellen=5)
+    llm = AsyncLLM("nowhere/at/all")
+    with pytest.raises(UsageError, match="has not been started: use `async with"):
+        llm.generate([1])
+    with pytest.raises(UsageError, match="no model at"):
+        llm.start()
+    llm.close()
+
+
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def async_llm(engine_pool, model_paths) -> AsyncIterator[AsyncLLM]:
     engine_pool.make_room(1)

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 import ray
+from engine_testing import eventually
 from ray.util.placement_group import PlacementGroup, placement_group_table
 
-from rayllm.engine import placement
+from rayllm.engine import placement, ray_private
 from rayllm.errors import UsageError
 
 COMMANDS = "initialization", "setup", "head_setup", "worker_setup", "head_start_ray", "worker_start_ray"
@@ -235,6 +236,13 @@ class TestAutoscaling:
 
     def nodes_of(self, group: PlacementGroup) -> int:
         return len(set(placement_group_table(group)["bundles_to_node_id"].values()))
+
+    def test_ray_private_read_autoscaler_file(self):
+        assert json.loads(ray_private.read_autoscaler_file(timeout_s=30))["cluster_name"] == "test"
+
+    def test_ray_private_has_autoscaler_elsewhere(self):
+        """It cannot tell where, but this one reports as one elsewhere would."""
+        eventually(ray_private.has_autoscaler_elsewhere, seconds=30, what="the autoscaler's first report")
 
     def test_gpus_to_come(self):
         assert ray.cluster_resources().get("GPU", 0) == 0

@@ -24,8 +24,9 @@ from engine_testing import TIGHT, WHOLE, eventually, greedy, is_alive, pids_of, 
 import rayllm.engine.engine
 from rayllm import LLM, EngineDeadError
 from rayllm.checkpoint.sources import resolve_model
-from rayllm.config import EngineConfig
+from rayllm.config import EngineArgs
 from rayllm.engine.engine import Engine
+from rayllm.engine.launcher import Launcher
 
 ARGUMENTS: dict[str, Any] = WHOLE | {"device": "cpu", "skip_tokenizer_init": True, "progress": False}
 
@@ -302,7 +303,7 @@ def test_a_killed_user_of_a_cluster_takes_its_engine_with_it(engine_pool, ray_cl
 def test_a_shard_that_dies_while_it_starts(engine_pool, model_paths: dict[str, Path]):
     engine_pool.make_room(engine_pool.num_cpus)
     source = resolve_model(str(model_paths["llama"]))
-    config = EngineConfig(model=source.path, device="cpu", skip_tokenizer_init=True, **WHOLE)
+    args = EngineArgs(model=source.path, device="cpu", **WHOLE)
 
     def kill(_: object) -> None:
         for process in psutil.Process().children(recursive=True):
@@ -311,4 +312,4 @@ def test_a_shard_that_dies_while_it_starts(engine_pool, model_paths: dict[str, P
                     process.kill()
 
     with pytest.raises(EngineDeadError, match="failed to start: a shard died; Ray's logs"):
-        Engine(config, source, progress=False, report=kill)
+        Engine(Launcher.connect(args, source, None, progress=False), progress=False, report=kill)

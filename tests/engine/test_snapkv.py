@@ -13,14 +13,14 @@ from pruned_reference import PrunedReference
 
 from rayllm import LLM, SamplingParams, UsageError
 from rayllm.checkpoint.sources import resolve_model
-from rayllm.config import EngineConfig
+from rayllm.config import EngineArgs
 from rayllm.messages.base import pack_ids
 from rayllm.messages.step import LaneStart, Prune, StepInput
+from rayllm.models.parallel import TensorParallel
 from rayllm.runner import pruning
 from rayllm.runner.device import open_device
 from rayllm.runner.executor import Executor
 from rayllm.runner.loading import load_model
-from rayllm.runner.parallel import TensorParallel
 
 WINDOW = 8
 PRUNING: dict[str, Any] = {"enable_snapkv": True, "snapkv_limit": 24, "snapkv_attn_sample_queries": WINDOW}
@@ -117,8 +117,7 @@ def test_layers_that_are_pruned_one_at_a_time(model_paths, monkeypatch: pytest.M
     """As those of long prompts are: they keep the same."""
     source = resolve_model(str(model_paths["llama"]))
     limits = {"max_model_len": 64, "max_num_seqs": 1, "max_num_batched_tokens": 64, "block_size": 8}
-    config = EngineConfig.of(model="any", device="cpu", **PRUNING, **limits)
-    config = config.resolved(device="cpu", model_dtype="float32", model_max_len=64)
+    config = EngineArgs.of(model="any", **PRUNING, **limits).resolve(source.config, "cpu")
     prompt = pack_ids([rng.randrange(199) for _ in range(60)])
     start = LaneStart(0, prompt, 60, [list(range(8))], SamplingParams(temperature=0), 0, [], None)
     rows = pack_ids([0, 0, 60, 1, 0, 60])

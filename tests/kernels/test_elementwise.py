@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from kernel_testing import assert_close, poisoned
-from rayllm_kernels import Rope, linear, pack_weight, rms_norm, rope_and_store, silu_and_mul
+from rayllm_kernels import Rope, linear, pack_weight, packed_linear, rms_norm, rope_and_store, silu_and_mul
 from rayllm_kernels.activation import _silu_and_mul_triton
 from rayllm_kernels.linear import _token_linear_triton, linear_reference
 from rayllm_kernels.norm import _rms_norm_triton
@@ -159,7 +159,7 @@ def test_linear_with_a_packed_weight(rows: int, has_bias: bool) -> None:
     x, weight = torch.randn(rows, 96), torch.randn(50, 96)
     bias = torch.randn(50) if has_bias else None
     expected = x.double() @ weight.double().T + (0 if bias is None else bias.double())
-    assert_close(linear(x, pack_weight(weight), bias), expected)
+    assert_close(packed_linear(x, pack_weight(weight), bias), expected)
     assert_close(linear(x, weight, bias), expected)
 
 

@@ -83,7 +83,7 @@ def naive_scores(prompt: Prompt) -> torch.Tensor:
 
 
 def naive_kept(scores: torch.Tensor, num_kept: int, window: int, pool_width: int) -> list[list[int]]:
-    """What each KV head keeps, from the definition: sinks, window, then the best pooled scores, ties to the lower index."""
+    """What each KV head keeps, by definition: sinks, window, then the best pooled scores, ties to the lower index."""
     kept = []
     for row in scores.tolist():
         reach = pool_width // 2

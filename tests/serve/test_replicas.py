@@ -134,8 +134,9 @@ def test_engines_come_and_go_with_the_load(deploy, engine: dict[str, Any], rng: 
 def test_shards_have_whole_devices(host: str, engine: dict[str, Any]):
     """Whoever overrides what the application reserves for an engine is told what to do instead."""
     source = resolve_model(engine["model"], "auto")
-    model = ServedModel.of(**engine).resolved(device="cpu", model_dtype="float32", model_max_len=2048)
-    app: Any = engine_deployment(model, source, "Engine", ApiConfig())
+    model = ServedModel.of(**engine)
+    config = model.resolve(source.config, "cpu")
+    app: Any = engine_deployment(model, config, source, "Engine", ApiConfig())
     app._bound_deployment = app._bound_deployment.options(placement_group_bundles=[{"CPU": 0.5}])
     with pytest.raises(RuntimeError):
         serve.run(app, name="half", route_prefix=None)

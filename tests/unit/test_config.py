@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 from deployments.config import read_arguments
-from rayllm import config
-from rayllm.config import EngineConfig
+from rayllm.config import EngineArgs, EngineConfig
 from rayllm.errors import UsageError
+from rayllm.model_config import ModelConfig
+from rayllm.options import add_arguments, from_arguments
 
-FIELDS = [option.name for option in dataclasses.fields(EngineConfig)]
+FIELDS = [option.name for option in dataclasses.fields(EngineArgs)]
 
 
 @pytest.mark.parametrize(
@@ -51,52 +52,85 @@ FIELDS = [option.name for option in dataclasses.fields(EngineConfig)]
 )
 def test_refusals(arguments: dict[str, Any], message: str):
     with pytest.raises(UsageError, match=message) as refused:
-        EngineConfig.of(**{"model": "m"} | arguments)
+        EngineArgs.of(**{"model": "m"} | arguments)
     assert "\n" not in str(refused.value)
+    assert refused.value.param in arguments
 
 
 def test_numbers_of_any_kind():
-    assert EngineConfig(model="m", gpu_memory_utilization=1, placement_timeout_s=5).gpu_memory_utilization == 1
+    assert EngineArgs(model="m", gpu_memory_utilization=1, placement_timeout_s=5).gpu_memory_utilization == 1
 
 
-def resolved(device: str, model_dtype: str = "bfloat16", **arguments: Any) -> EngineConfig:
-    return EngineConfig(model="m", **arguments).resolved(device=device, model_dtype=model_dtype, model_max_len=4096)
+def resolve(device: Any, model_dtype: str = "bfloat16", kv_heads: int = 4, **arguments: Any) -> EngineConfig:
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": kv_heads}
+    length = {"vocab_size": 64, "num_hidden_layers": 1, "max_position_embeddings": 4096}
+    model = ModelConfig.from_hf({"model_type": "llama", "dtype": model_dtype, **sizes, **length})
+    return EngineArgs(model="m", **arguments).resolve(model, device)
 
 
 def test_what_device_and_model_decide():
-    cpu, gpu = resolved("cpu"), resolved("cuda")
+    cpu, gpu = resolve("cpu"), resolve("cuda")
     assert (cpu.device, cpu.dtype, cpu.max_model_len, cpu.max_num_batched_tokens) == ("cpu", "float32", 4096, 1024)
     assert (gpu.device, gpu.dtype, gpu.max_model_len, gpu.max_num_batched_tokens) == ("cuda", "bfloat16", 4096, 8192)
-    assert resolved("cuda", "float16").dtype == "float16"
-    assert resolved("cuda", "float32").dtype == "bfloat16"
-    assert resolved("cuda", dtype="float32").dtype == "float32"
-    assert resolved("cpu", max_num_seqs=2000).max_num_batched_tokens == 2000
-    given = resolved("cpu", max_model_len=100, max_num_batched_tokens=300, block_size=7)
-    assert (given.max_model_len, given.max_num_batched_tokens, given.block_size) == (100, 300, 7)
-    assert dataclasses.replace(cpu) == cpu
+    assert (cpu.step_timeout_s, gpu.step_timeout_s) == (300, 10)
+    assert resolve("cuda", "float16").dtype == "float16"
+    assert resolve("cuda", "float32").dtype == "bfloat16"
+    assert resolve("cuda", dtype="float32").dtype == "float32"
+    assert resolve("cpu", max_num_seqs=2000).max_num_batched_tokens == 2000
+    assert resolve("cpu", max_num_seqs=2000, enable_snapkv=True).max_num_batched_tokens == 2032
 
 
-def test_what_device_and_model_refuse():
-    with pytest.raises(UsageError, match="max_model_len must be at most 4096 for this model, not 4097"):
-        resolved("cpu", max_model_len=4097)
-    with pytest.raises(UsageError, match="block_size must be a multiple of 16 on a GPU, not 24"):
-        resolved("cuda", block_size=24)
+def test_what_is_given_stays():
+    given = {
+        "dtype": "float16",
+        "tensor_parallel_size": 2,
+        "max_model_len": 100,
+        "max_num_seqs": 200,
+        "max_num_batched_tokens": 300,
+        "block_size": 7,
+        "gpu_memory_utilization": 0.5,
+        "kv_cache_memory_bytes": 10**6,
+        "num_gpu_blocks_override": 30,
+        "enable_prefix_caching": False,
+        "enable_snapkv": True,
+        "snapkv_limit": 77,
+        "snapkv_attn_sample_queries": 16,
+        "snapkv_policy": "streaming",
+        "enforce_eager": True,
+        "seed": 5,
+        "step_timeout_s": 3.0,
+        "placement_timeout_s": 4.0,
+    }
+    config = resolve("cpu", **given)
+    assert dataclasses.asdict(config) == given | {"device": "cpu"}
+    assert config.min_snapkv_limit == 20
 
 
-def test_pruning_and_the_rest():
-    with pytest.raises(UsageError, match=r"max_num_batched_tokens must be at least .* \(288\), not 280"):
-        resolved("cpu", enable_snapkv=True, max_num_batched_tokens=280)
-    config = EngineConfig(model="m", tensor_parallel_size=4, enable_snapkv=True)
-    with pytest.raises(UsageError, match="tensor_parallel_size must be at most 2 with enable_snapkv"):
-        config.resolved(device="cpu", model_dtype="float32", model_max_len=64, model_kv_heads=2)
-    assert resolved("cuda").step_timeout_s == 10
-    assert resolved("cpu", step_timeout_s=3).step_timeout_s == 3
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"max_model_len": 4097}, "max_model_len must be at most 4096 for this model, not 4097"),
+        ({"device": "cuda", "block_size": 24}, "block_size must be a multiple of 16 on a GPU, not 24"),
+        (
+            {"enable_snapkv": True, "max_num_batched_tokens": 280},
+            r"max_num_batched_tokens must be at least .* \(288\), not 280",
+        ),
+        (
+            {"enable_snapkv": True, "tensor_parallel_size": 4, "kv_heads": 2},
+            "tensor_parallel_size must be at most 2 with enable_snapkv",
+        ),
+        ({"tensor_parallel_size": 3}, "tensor_parallel_size 3 cannot split 4 query heads"),
+    ],
+)
+def test_what_device_and_model_refuse(arguments: dict[str, Any], message: str):
+    with pytest.raises(UsageError, match=message):
+        resolve(**{"device": "cpu"} | arguments)
 
 
 def test_texts_become_what_fields_hold():
     """As `serve run` hands them over."""
     texts = {"model": "8", "max_num_seqs": "8", "max_model_len": "null", "seed": "x", "enforce_eager": "True"}
-    parsed = EngineConfig.parse(texts | {"gpu_memory_utilization": "0.5", "dtype": "float32", "other": "1"})
+    parsed = EngineArgs.parse(texts | {"gpu_memory_utilization": "0.5", "dtype": "float32", "other": "1"})
     expected = {"model": "8", "max_num_seqs": 8, "max_model_len": None, "seed": "x", "enforce_eager": True}
     assert parsed == expected | {"gpu_memory_utilization": 0.5, "dtype": "float32", "other": "1"}
 
@@ -117,11 +151,11 @@ def test_arguments_of_the_service():
             read_arguments(arguments)
 
 
-def parse(*arguments: str) -> EngineConfig:
+def parse(*arguments: str) -> EngineArgs:
     parser = argparse.ArgumentParser()
     parser.add_argument("model")
-    config.add_arguments(parser.add_argument_group("engine"))
-    return config.from_arguments(parser.parse_args(["model", *arguments]))
+    add_arguments(parser.add_argument_group("engine"), EngineArgs)
+    return from_arguments(parser.parse_args(["model", *arguments]), EngineArgs)
 
 
 @pytest.mark.parametrize("name", [name for name in FIELDS if name != "model"])
@@ -135,21 +169,12 @@ def test_every_field_is_a_flag(name: str):
         "placement_timeout_s": 2.5,
         "snapkv_policy": "streaming",
     }
-    default = getattr(EngineConfig(model="model"), name)
+    default = getattr(EngineArgs(model="model"), name)
     flag = "--" + name.replace("_", "-")
     if isinstance(default, bool):
         for value, words in ((True, [flag]), (False, ["--no-" + flag[2:]])):
-            assert parse(*words) == EngineConfig(model="model", **{name: value})
+            assert parse(*words) == EngineArgs(model="model", **{name: value})
     else:
         value = values.get(name, 300)
-        assert parse(flag, str(value)) == EngineConfig(model="model", **{name: value})
-    assert parse() == EngineConfig(model="model")
-
-
-def test_help_tells_of_every_field():
-    parser = argparse.ArgumentParser()
-    config.add_arguments(parser.add_argument_group("engine"))
-    text = " ".join(parser.format_help().split())
-    for option in dataclasses.fields(EngineConfig):
-        if option.name != "model":
-            assert option.metadata["doc"] in text
+        assert parse(flag, str(value)) == EngineArgs(model="model", **{name: value})
+    assert parse() == EngineArgs(model="model")

@@ -13,7 +13,7 @@ import pytest
 from shard_model import decode_lanes, rows_of
 
 from rayllm.checkpoint.sources import ModelSource
-from rayllm.config import EngineConfig
+from rayllm.config import EngineArgs
 from rayllm.engine.driver import SHORT_STEP_S, STEPS_IN_FLIGHT, Driver
 from rayllm.errors import EngineDeadError
 from rayllm.messages.base import Stop, pack_ids
@@ -32,7 +32,7 @@ from rayllm.messages.sequences import (
 )
 from rayllm.messages.step import ShardFailed, StepInput, StepOutput, StepTimes
 from rayllm.messages.transport import Receiver, Sender
-from rayllm.model_config import ModelConfig
+from rayllm.model_config import LayerConfig, ModelConfig
 from rayllm.sampling_params import SamplingParams
 from rayllm.scheduling.scheduler import Scheduler
 
@@ -42,20 +42,18 @@ TIMEOUT_S = 10
 SILENCE_S = 0.2
 """So long nothing may come where nothing should."""
 
-CONFIG = EngineConfig(model="m", max_num_seqs=4, max_model_len=64, block_size=4).resolved(
-    device="cpu", model_dtype="float32", model_max_len=64
-)
 MODEL = ModelConfig(
     model_type="llama",
     vocab_size=10,
     hidden_size=8,
     intermediate_size=8,
-    num_hidden_layers=1,
+    layers=(LayerConfig(),),
     num_attention_heads=1,
     num_key_value_heads=1,
     head_dim=8,
     eos_token_ids=(EOS,),
 )
+CONFIG = EngineArgs(model="m", max_num_seqs=4, max_model_len=64, block_size=4).resolve(MODEL, "cpu")
 
 
 class Inbox:

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from rayllm.config import EngineConfig
-from rayllm.model_config import ModelConfig
+from rayllm.config import EngineArgs
+from rayllm.models.config_json import read_config
 from rayllm.runner import precompile
 
 SIZES = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
-MODEL = ModelConfig.from_hf({"model_type": "llama", "vocab_size": 64, "num_hidden_layers": 1, **SIZES})
+MODEL = read_config({"model_type": "llama", "vocab_size": 64, "num_hidden_layers": 1, **SIZES})
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +30,7 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_nothing_is_compiled_where_it_cannot_be(monkeypatch: pytest.MonkeyPatch):
     if importlib.util.find_spec("flash_attn"):
         pytest.skip("FlashAttention-4 is installed")
-    config = EngineConfig(model="any", dtype="bfloat16")
+    config = EngineArgs(model="any", dtype="bfloat16").resolve(MODEL, "cuda")
     assert precompile.start(config, MODEL) is None
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "4")
     monkeypatch.setattr(precompile, "GPU_DRIVER", Path("/nowhere"))
@@ -42,7 +42,7 @@ def test_a_process_is_started_for_the_heads_of_a_shard(monkeypatch: pytest.Monke
     if importlib.util.find_spec("flash_attn"):
         pytest.skip("FlashAttention-4 is installed")
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "4")
-    config = EngineConfig(model="any", dtype="bfloat16", tensor_parallel_size=2, block_size=32)
+    config = EngineArgs(model="any", dtype="bfloat16", tensor_parallel_size=2, block_size=32).resolve(MODEL, "cuda")
     process = precompile.start(config, MODEL)
     assert process is not None
     assert process.args == [sys.executable, "-m", "rayllm.runner.precompile", "bfloat16", "2", "1", "16", "32"]

@@ -1,6 +1,6 @@
 """The layers of a tensor-parallel decoder; each knows which slices of a checkpoint it is made of."""
 
-from rayllm.models.layers.embedding import VocabParallelEmbedding
+from rayllm.models.layers.embedding import VocabParallelEmbedding, VocabParallelHead
 from rayllm.models.layers.linear import ColumnParallelLinear, RowParallelLinear
 from rayllm.models.layers.norm import RMSNorm
 from rayllm.models.layers.rotary import rope_table
@@ -12,6 +12,7 @@ __all__ = [
     "RowParallelLinear",
     "Split",
     "VocabParallelEmbedding",
+    "VocabParallelHead",
     "WeightSlice",
     "rope_table",
 ]

@@ -1,4 +1,4 @@
-"""The vocabulary's rows, split over the ranks: the token embedding, the head, or both (tied)."""
+"""The vocabulary's rows, split over the ranks: the embedding of tokens, and the head that makes logits."""
 
 from __future__ import annotations
 
@@ -6,51 +6,80 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from rayllm_kernels import linear, pack_weight
 from torch import nn
 
-from rayllm.models.layers.slices import WeightSlice, empty_parameter
-from rayllm.runner.parallel import TensorParallel
+from rayllm.models.layers.formats import Format, Plain
+from rayllm.models.layers.slices import Split, WeightSlice, empty_parameter
+from rayllm.models.parallel import TensorParallel
 
 
 class VocabParallelEmbedding(nn.Module):
-    """Rows [rank · n, rank · n + n) of the vocabulary, padded to a multiple of the ranks.
-
-    `num_valid` of the n local rows are tokens, the rest are zero.
-    """
+    """One row for each of this rank's tokens; `weight` [n, hidden_size], of which the first `num_valid` are used."""
 
     def __init__(self, vocab_size: int, hidden_size: int, tp: TensorParallel, dtype: torch.dtype) -> None:
         super().__init__()
-        self.vocab_size = vocab_size
         self.tp = tp
-        num_local = -(-vocab_size // tp.size)
-        self.start = tp.rank * num_local
-        self.num_valid = min(max(vocab_size - self.start, 0), num_local)
+        self.tokens, num_local = _split(vocab_size, tp)
+        self.num_valid = self.tokens.size
         self.weight = empty_parameter(num_local, hidden_size, dtype=dtype)
-        self.weight[self.num_valid :].zero_()
-        self.packed: torch.Tensor | None = None
 
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """token_ids [T] int64 → [T, hidden_size], on every rank."""
+        """token_ids [T] int64 → [T, hidden_size] of the model's dtype, the same on all ranks."""
         if self.tp.size == 1:
             return F.embedding(token_ids, self.weight)
-        local = token_ids - self.start
+        local = token_ids - self.tokens.start
         foreign = (local < 0) | (local >= self.num_valid)
         x = F.embedding(local.masked_fill_(foreign, 0), self.weight)
         return self.tp.all_reduce(x.masked_fill_(foreign.unsqueeze(-1), 0))
 
-    def logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """hidden [S, hidden_size] → this rank's logits [S, n], −inf where the vocabulary is padded."""
-        logits = linear(hidden, self.weight if self.packed is None else self.packed, out=out)
-        if self.num_valid < logits.shape[-1]:
-            logits[..., self.num_valid :] = float("-inf")
+    def weight_slices(self, name: str) -> Iterator[WeightSlice]:
+        """What this rank takes of the checkpoint's `name` + '.weight'."""
+        if self.num_valid:
+            shape = (self.tokens.total, self.weight.shape[1])
+            yield WeightSlice(f"{name}.weight", self.weight[: self.num_valid], shape, start=self.tokens.start)
+
+
+class VocabParallelHead(nn.Module):
+    """Hidden states to this rank's logits. `tied`: the embedding whose rows are the weight."""
+
+    def __init__(
+        self,
+        vocab_size: int,
+        hidden_size: int,
+        tp: TensorParallel,
+        dtype: torch.dtype,
+        tied: VocabParallelEmbedding | None,
+    ) -> None:
+        super().__init__()
+        self.tokens, num_local = _split(vocab_size, tp)
+        self.inputs = Split.whole(hidden_size)
+        self.is_tied = tied is not None
+        self.format: Format
+        if tied is None:
+            self.format = Plain.empty(num_local, hidden_size, bias=False, dtype=dtype)
+        else:
+            self.format = Plain(tied.weight)
+
+    def forward(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """hidden [S, hidden_size] → logits [S, n] of the model's dtype, −inf where the vocabulary is padded; in `out`
+        if that is given."""
+        logits = self.format.linear(hidden, out)
+        if self.tokens.size < logits.shape[-1]:
+            logits[..., self.tokens.size :] = float("-inf")
         return logits
 
     def pack(self) -> None:
-        """Makes the loaded head ready for speed; the embedding reads the plain rows."""
-        self.packed = pack_weight(self.weight)
+        """Makes the loaded weights ready for speed; a tied embedding keeps its plain rows."""
+        self.format = self.format.pack()
 
     def weight_slices(self, name: str) -> Iterator[WeightSlice]:
-        if self.num_valid:
-            shape = (self.vocab_size, self.weight.shape[1])
-            yield WeightSlice(name, self.weight[: self.num_valid], shape, start=self.start)
+        """What this rank takes of the checkpoint's `name` + '.weight', which is nothing if tied."""
+        if self.tokens.size and not self.is_tied:
+            yield from self.format.weight_slices(name, self.tokens, self.inputs)
+
+
+def _split(vocab_size: int, tp: TensorParallel) -> tuple[Split, int]:
+    """(the tokens of this rank, its number of rows n): n · size is the vocabulary padded to a multiple of the ranks."""
+    num_local = -(-vocab_size // tp.size)
+    start = min(tp.rank * num_local, vocab_size)
+    return Split(vocab_size, start, min(vocab_size - start, num_local)), num_local

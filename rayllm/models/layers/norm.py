@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation."""
+"""Root-mean-square normalisation (arXiv:1910.07467)."""
 
 from __future__ import annotations
 
@@ -21,11 +21,13 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., size] of the model's dtype → the same shape and dtype, normalised and scaled by the weight."""
         return cast(torch.Tensor, rms_norm(x, self.weight, self.eps))
 
     def add(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(normalised x + residual, x + residual)."""
+        """x, residual [..., size] → (their sum normalised, their sum), of the same shape and dtype."""
         return cast(tuple[torch.Tensor, torch.Tensor], rms_norm(x, self.weight, self.eps, residual))
 
     def weight_slices(self, name: str) -> Iterator[WeightSlice]:
+        """What this rank takes of the checkpoint's `name` + '.weight': all of it."""
         yield WeightSlice(f"{name}.weight", self.weight, tuple(self.weight.shape))

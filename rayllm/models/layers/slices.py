@@ -10,15 +10,20 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Split:
-    """The `size` rows or columns from `start` on, of `total` in the whole model."""
+    """The part [start : start + size] of `total` rows or columns in the whole model."""
 
     total: int
     start: int
     size: int
 
     @classmethod
+    def whole(cls, total: int) -> Split:
+        """All of them."""
+        return cls(total, 0, total)
+
+    @classmethod
     def even(cls, total: int, rank: int, shards: int) -> Split:
-        """Part `rank` of `shards` equal ones; `total` must divide."""
+        """Part `rank` of `shards` equal ones, into which `total` must divide."""
         size = total // shards
         return cls(total, rank * size, size)
 

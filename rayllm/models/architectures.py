@@ -1,0 +1,110 @@
+"""The architectures that rayllm runs, one record each: what its config.json means and how .gguf files store it.
+
+All of them are configurations of one decoder. Nothing else in rayllm asks for a model's type. This module imports
+neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rayllm.errors import UsageError
+from rayllm.model_config import LayerConfig
+
+Config = Mapping[str, Any]
+"""The content of a config.json."""
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+def alike(config: Config, num_layers: int) -> tuple[LayerConfig, ...]:
+    """Layers that all see everything."""
+    return (LayerConfig(),) * num_layers
+
+
+def windowed(config: Config, num_layers: int) -> tuple[LayerConfig, ...]:
+    """Layers that all have the same window, unless it is null."""
+    return (LayerConfig(window=config.get("sliding_window", 4096)),) * num_layers
+
+
+def windowed_above(config: Config, num_layers: int) -> tuple[LayerConfig, ...]:
+    """Layers of which `layer_types`, or else those from `max_window_layers` on, have a window if that is in use."""
+    first = config.get("max_window_layers", 28)
+    kinds = layer_types(config, [SLIDING if layer >= first else FULL for layer in range(num_layers)])
+    window = config.get("sliding_window", 4096) if config.get("use_sliding_window") else None
+    return tuple(LayerConfig(window=window if kind == SLIDING else None) for kind in kinds)
+
+
+def layer_types(config: Config, default: list[str]) -> list[str]:
+    """config.json's `layer_types`, or `default`; raises UsageError unless there is a known one for each layer."""
+    kinds: list[str] = config.get("layer_types") or default
+    if unknown := set(kinds) - {FULL, SLIDING}:
+        raise UsageError(f"unsupported layer_types {', '.join(sorted(unknown))}: rayllm runs {FULL} and {SLIDING}")
+    if len(kinds) != len(default):
+        raise UsageError(f"config.json: layer_types are {len(kinds)}, but num_hidden_layers is {len(default)}")
+    return kinds
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What one architecture of transformers computes; a field says how it differs from a Llama without biases."""
+
+    model_type: str
+    """The architecture's name in config.json."""
+    class_name: str
+    """The class in transformers, which config.json's `architectures` names."""
+    layers: Callable[[Config, int], tuple[LayerConfig, ...]] = alike
+    """The kinds of the layers, given config.json and their number."""
+    head_dim: int | None = None
+    """What head_dim is where config.json does not say; None: hidden_size / num_attention_heads."""
+    qkv_bias: bool = False
+    """Whether queries, keys and values have a bias whatever config.json says."""
+    biases: tuple[str, ...] = ()
+    """The switches of config.json that it obeys: 'attention_bias' (queries, keys, values, output), 'mlp_bias'."""
+    qk_norm: bool = False
+    """Whether every query and key head is normalised before the rotation."""
+    gguf_name: str | None = None
+    """What `general.architecture` of .gguf files says; None where they say another's."""
+    gguf_pairwise: bool = False
+    """Whether ggml rotates neighbouring pairs of a head: files then have the rows of q and k in that order."""
+
+
+ARCHITECTURES = (
+    Architecture(
+        "llama",
+        "LlamaForCausalLM",
+        biases=("attention_bias", "mlp_bias"),
+        gguf_name="llama",
+        gguf_pairwise=True,
+    ),
+    Architecture("mistral", "MistralForCausalLM", windowed),  # its .gguf files say 'llama'
+    Architecture("qwen2", "Qwen2ForCausalLM", windowed_above, qkv_bias=True, gguf_name="qwen2"),
+    Architecture(
+        "qwen3",
+        "Qwen3ForCausalLM",
+        windowed_above,
+        head_dim=128,
+        biases=("attention_bias",),
+        qk_norm=True,
+        gguf_name="qwen3",
+    ),
+)
+
+
+def architecture_of(model_type: str | None, class_names: Sequence[str] = ()) -> Architecture:
+    """The record of config.json's `model_type`, which must be of `architectures` if it has them; raises UsageError."""
+    for record in ARCHITECTURES:
+        if record.model_type == model_type and (not class_names or record.class_name in class_names):
+            return record
+    found = ", ".join(class_names) or f"model_type {model_type!r}"
+    known = ", ".join(record.class_name for record in ARCHITECTURES)
+    raise UsageError(f"unsupported architecture {found}: rayllm runs {known}")
+
+
+def gguf_architecture(name: str) -> Architecture:
+    """The record of a .gguf file's `general.architecture`; raises UsageError."""
+    records = {record.gguf_name: record for record in ARCHITECTURES if record.gguf_name is not None}
+    if name not in records:
+        raise UsageError(f"unsupported GGUF architecture {name!r}: rayllm runs {', '.join(records)}")
+    return records[name]

@@ -1,0 +1,96 @@
+"""What rayllm uses of Ray's private parts, one test for each contract, called like the function that relies on it.
+
+`read_autoscaler_file` and `has_autoscaler_elsewhere` are tried on a growing cluster in tests/engine/test_placement.py.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import grpc
+import httpx
+import pytest
+import ray
+from ray import serve
+
+from rayllm.engine import ray_private
+from serve.serve_testing import free_port
+
+CLIENT = """
+from ray.util.client.ray_client_helpers import ray_start_client_server
+from rayllm.engine import ray_private
+with ray_start_client_server():
+    print(ray_private.is_client())
+"""
+
+
+@pytest.fixture
+def gcs_address(host: str) -> str:
+    address: str = ray.get_runtime_context().gcs_address
+    return address
+
+
+def test_cluster_at(gcs_address: str, monkeypatch: pytest.MonkeyPatch):
+    assert ray_private.cluster_at(gcs_address) == gcs_address
+    monkeypatch.setenv("RAY_ADDRESS", gcs_address)
+    assert ray_private.cluster_at("auto") == gcs_address
+    with pytest.raises((ConnectionError, ValueError, OSError)):
+        ray_private.cluster_at("127.0.0.1")
+
+
+def test_ask(gcs_address: str):
+    assert ray_private.ask(gcs_address, timeout_s=10) in (grpc.StatusCode.OK, grpc.StatusCode.UNAUTHENTICATED)
+    assert ray_private.ask(f"127.0.0.1:{free_port()}", timeout_s=10) == grpc.StatusCode.UNAVAILABLE
+
+
+def test_is_client(host: str):
+    assert not ray_private.is_client()
+
+
+@pytest.mark.slow
+def test_is_client_where_it_is():
+    done = subprocess.run([sys.executable, "-c", CLIENT], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["True"], done.stderr
+
+
+def test_is_worker(host: str):
+    assert not ray_private.is_worker()
+    assert ray.get(ray.remote(ray_private.is_worker).remote())
+
+
+def test_count_gpus_here():
+    assert (ray_private.count_gpus_here() > 0) == Path("/dev/nvidiactl").exists()
+
+
+def test_kv(host: str):
+    assert ray_private.kv_get(b"test", "name") is None
+    for value in (b"old", b"new"):
+        ray.get(ray.remote(ray_private.kv_put).remote(b"test", "name", value))
+    assert ray_private.kv_get(b"test", "name") == b"new"
+    assert ray_private.kv_get(b"other", "name") is None
+
+
+def test_read_autoscaler_file(host: str):
+    assert ray_private.read_autoscaler_file(timeout_s=30) == "", "a monitor that has nothing to scale"
+
+
+def test_serve_http_options(host: str):
+    name, port = ray_private.serve_http_options()
+    assert f"http://{name}:{port}" == host
+
+
+def test_serve_session_id(host: str):
+    """By a handle's option, and by HTTP's header; nothing without them."""
+
+    class Echo:
+        async def __call__(self, request: object = None) -> str:
+            return ray_private.serve_session_id()
+
+    deployment = serve.deployment(Echo, ray_actor_options={"num_cpus": 0})
+    handle = serve.run(deployment.bind(), name="session", route_prefix="/session")
+    assert handle.remote().result(timeout_s=30) == ""
+    assert handle.options(session_id="alice").remote().result(timeout_s=30) == "alice"
+    assert httpx.get(f"{host}/session", headers={"x-session-id": "bob"}, timeout=30).text == "bob"
+    serve.delete("session")
