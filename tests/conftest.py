@@ -15,7 +15,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # shards and references sha
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # for tests/kernels, before anything imports Triton
 
-NUM_CPUS = 8  # of shards; the more fit, the fewer engines are started again
+NUM_CPUS = 14  # of shards; the more fit, the fewer engines are started again
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

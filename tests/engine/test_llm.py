@@ -249,7 +249,7 @@ def test_refusals_before_ray_starts(model_paths, tmp_path):
     [
         ({"num_gpu_blocks_override": 15}, "max_model_len=128 needs 16 KV cache blocks .* there is room for 15"),
         ({"kv_cache_memory_bytes": 150_000}, "needs 16 KV cache blocks .* there is room for 11"),
-        ({"tensor_parallel_size": 16}, "needs 16 CPU, but the cluster has 8 CPU"),
+        ({"tensor_parallel_size": 16}, "needs 16 CPU, but the cluster has 14 CPU"),
     ],
 )
 def test_refusals_of_the_cluster(engine_pool, tmp_path, arguments: dict[str, Any], message: str):
