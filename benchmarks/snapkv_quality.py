@@ -38,6 +38,7 @@ from rayllm.runner.executor import Executor
 from rayllm.runner.loading import load_model
 from rayllm.runner.model_input import ModelInput
 from rayllm.runner.pruning import SCORES, Pruner
+from rayllm.sampling_params import SnapkvLimit
 from rayllm.scheduling.pruning import PruningPolicy, snapkv, streaming
 
 KEPT = {"50 %": 0.5, "25 %": 0.25, "12.5 %": 0.125}
@@ -252,7 +253,7 @@ def through_engine(model: str, prompts: list[Prompt], policy: str, shares: dict[
     requests = [(prompt, name) for prompt in prompts for name in shares]
     token_ids = [prompt.context + prompt.question for prompt, _ in requests]
     kept = [num_kept(len(ids), shares[name]) for ids, (_, name) in zip(token_ids, requests, strict=True)]
-    limits = [None if n == len(ids) else n for n, ids in zip(kept, token_ids, strict=True)]
+    limits: list[SnapkvLimit] = ["all" if n == len(ids) else n for n, ids in zip(kept, token_ids, strict=True)]
     with LLM(model, snapkv_policy=policy, **ENGINE) as llm:
         params = [SamplingParams(temperature=0, max_tokens=6, snapkv_limit=limit) for limit in limits]
         results = llm.generate(token_ids, params)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
 from ray import serve
@@ -17,11 +17,12 @@ from deployments.http import Endpoint, make_app
 from deployments.link import ServeLink
 from deployments.metrics import ServiceMetrics, engine_values, merged
 from deployments.service import Model, Service
+from deployments.startup import failure_told
 from rayllm.checkpoint.sources import ModelSource
 from rayllm.config import EngineConfig
 from rayllm.errors import UsageError
 from rayllm.frontend.client import Client, Prompt
-from rayllm.frontend.output import Increment
+from rayllm.frontend.output import Increment, joined
 from rayllm.frontend.tokenizer import load_tokenizer
 from rayllm.messages.transport import local_host
 from rayllm.sampling_params import SamplingParams
@@ -43,24 +44,31 @@ class ApiReplica:
         self._links: dict[str, ServeLink] = {}
         self._texts: dict[str, str] = {}
         """The last metrics of every Api process: a sum must not fall when one is late."""
+        with failure_told(serve.get_replica_context().app_name):
+            self.service = Service(await self._connect(models, engines), self.metrics)
+
+    async def _connect(
+        self, models: list[tuple[ServedModel, EngineConfig, ModelSource]], engines: list[DeploymentHandle]
+    ) -> list[Model]:
         served = []
         for (model, engine_config, source), engine in zip(models, engines, strict=True):
-            link = self._links[model.name] = ServeLink(engine, config.recovery_timeout_s)
+            link = self._links[model.name] = ServeLink(engine, self.config.recovery_timeout_s)
             here = await asyncio.to_thread(source.on_this_node, weights=False)
             tokenizer = await asyncio.to_thread(load_tokenizer, model, here)
             assert tokenizer is not None
             client = Client(link, engine_config, source.config, tokenizer, local_host())
             served.append(Model(model.name, client, tokenizer, link, int(time.time())))
-        self.service = Service(served, self.metrics)
+        return served
 
     def __serve_build_asgi_app__(self) -> Starlette:
         def observe(path: str, status: int) -> None:
             self.metrics.responses.add(1, path, str(status))
 
-        page = Endpoint("GET", "/metrics", "Metrics of the whole application", self._metrics_page, answer=None)
+        page = Endpoint("GET", "/metrics", self._metrics_page, answer=None)
         return make_app([*self.service.endpoints(), page], list(self.service.models), self.config, observe)
 
     async def _metrics_page(self, request_id: str) -> Response:
+        """Shows the metrics of the whole application."""
         own = serve.get_deployment_handle(API, serve.get_replica_context().app_name)
         response: Any = own.broadcast("metrics_text")
         answers = await response.results_async(timeout_s=2, return_exceptions=True)
@@ -89,23 +97,22 @@ class ApiReplica:
         `text`, `token_ids`, `finish_reason`, `num_prompt_tokens` and `num_cached_tokens`, and with n > 1 all of them
         in `choices`. Raises `UsageError`, `QueueFullError` or `EngineDeadError`.
         """
-        choices: dict[int, dict[str, Any]] = {}
-        async for increment in self.stream(prompt, model, **params):
-            choice = choices.setdefault(increment["index"], {"text": "", "token_ids": []})
-            text, token_ids = choice["text"] + increment["text"], choice["token_ids"] + increment["token_ids"]
-            choice |= increment | {"text": text, "token_ids": token_ids}
-        ordered = [choices[index] for index in sorted(choices)]
-        return ordered[0] | ({"choices": ordered} if len(ordered) > 1 else {})
+        choices = [_as_dict(choice) for choice in await joined(self._answer(prompt, model, params))]
+        return choices[0] | ({"choices": choices} if len(choices) > 1 else {})
 
     async def stream(self, prompt: Prompt, model: str | None = None, **params: Any) -> AsyncIterator[dict[str, Any]]:
         """As `generate`, in increments as they come: call it with `handle.options(stream=True)`."""
-        if model is None and len(self.service.models) > 1:
-            raise UsageError(f"model must be one of {', '.join(self.service.models)}")
-        chosen = self.service.model(model or next(iter(self.service.models)))
-        sampling = SamplingParams(**params)
-        token_ids = chosen.client.prepare(prompt, sampling)
-        async for increment in self.service.generate(chosen, [token_ids], sampling):
+        async for increment in self._answer(prompt, model, params):
             yield _as_dict(increment)
+
+    def _answer(self, prompt: Prompt, model: str | None, params: dict[str, Any]) -> AsyncGenerator[Increment]:
+        models = self.service.models
+        name = next(iter(models)) if model is None and len(models) == 1 else model
+        if name not in models:
+            raise UsageError(f"model must be one of {', '.join(models)}, not {name!r}", "model")
+        sampling = SamplingParams(**params)
+        token_ids = models[name].client.prepare(prompt, sampling)
+        return self.service.generate(models[name], [token_ids], sampling)
 
 
 def _as_dict(increment: Increment) -> dict[str, Any]:

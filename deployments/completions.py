@@ -10,7 +10,6 @@ from functools import cache
 from typing import Any, Generic, TypeVar
 
 import msgspec
-from msgspec import UNSET
 
 from deployments.protocol import (
     MAX_PROMPTS,
@@ -46,22 +45,21 @@ R = TypeVar("R", bound=GenerationRequest)
 SAME_FIELDS = [
     *("n", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"),
     *("logit_bias", "seed", "max_tokens", "min_tokens", "stop", "stop_token_ids", "ignore_eos"),
-    *("include_stop_str_in_output", "skip_special_tokens"),
+    *("include_stop_str_in_output", "skip_special_tokens", "snapkv_limit"),
 ]
-"""Of requests and of `SamplingParams`."""
+"""Fields that requests and `SamplingParams` have in common."""
 
 TEMPLATE_SWITCHES = ("continue_final_message", "add_generation_prompt")
+"""What of transformers' own arguments a request may set in `chat_template_kwargs`."""
 
 # ---- requests
 
 
 def params_of(request: GenerationRequest) -> SamplingParams:
-    """Raises `UsageError` for what no single field's type can tell."""
+    """The sampling parameters of a request; raises `UsageError` for what no single field's type can tell."""
     given = {name: value for name in SAME_FIELDS if (value := getattr(request, name)) is not None}
-    if request.snapkv_limit is not UNSET:
-        given["snapkv_limit"] = request.snapkv_limit
     if request.stream_options is not None and not request.stream:
-        raise UsageError("stream_options must be left out unless stream is true")
+        raise UsageError("stream_options must be left out unless stream is true", "stream_options")
     if isinstance(request, CompletionRequest):
         given["logprobs"] = request.logprobs
         if request.echo:
@@ -70,24 +68,23 @@ def params_of(request: GenerationRequest) -> SamplingParams:
     assert isinstance(request, ChatRequest)
     limits = {limit for limit in (request.max_tokens, request.max_completion_tokens) if limit is not None}
     if len(limits) > 1:
-        raise UsageError("max_tokens and max_completion_tokens are the same limit: give one")
+        raise UsageError("max_tokens and max_completion_tokens are the same limit: give one", "max_tokens")
     if request.top_logprobs is not None and not request.logprobs:
-        raise UsageError("top_logprobs must be left out unless logprobs is true")
+        raise UsageError("top_logprobs must be left out unless logprobs is true", "top_logprobs")
     given["max_tokens"] = limits.pop() if limits else None
     given["logprobs"] = (request.top_logprobs or 0) if request.logprobs else None
     return SamplingParams(**given)
 
 
 def prompts_of(prompt: Any) -> list[str] | list[list[int]]:
-    """A request's `prompt` as a list of prompts, all texts or all token ids."""
+    """A request's `prompt` as a list of prompts, all texts or all token ids; raises `UsageError`."""
     if isinstance(prompt, str) or (_is_list_of(prompt, int) and prompt):
         prompt = [prompt]
-    if not prompt or not (_is_list_of(prompt, str) or _is_list_of(prompt, list)):
-        raise UsageError("prompt must be a text, a list of token ids, or a list of such")
+    is_list = _is_list_of(prompt, str) or (_is_list_of(prompt, list) and all(_is_list_of(one, int) for one in prompt))
+    if not prompt or not is_list:
+        raise UsageError("prompt must be a text, a list of token ids, or a list of such", "prompt")
     if len(prompt) > MAX_PROMPTS:
-        raise UsageError(f"prompt must be at most {MAX_PROMPTS} prompts, not {len(prompt)}")
-    if not all(isinstance(one, str) or _is_list_of(one, int) for one in prompt):
-        raise UsageError("prompt must be a text, a list of token ids, or a list of such")
+        raise UsageError(f"prompt must be at most {MAX_PROMPTS} prompts, not {len(prompt)}", "prompt")
     return list(prompt)
 
 
@@ -98,10 +95,12 @@ def _is_list_of(value: Any, kind: type) -> bool:
 def chat_prompt(
     messages: Sequence[ChatMessage], template_kwargs: dict[str, Any] | None, tokenizer: Tokenizer
 ) -> list[int]:
-    """The conversation through the model's chat template."""
+    """The token ids of a conversation in the model's chat template; raises `UsageError`."""
     kwargs = template_kwargs or {}
     if reserved := sorted(kwargs.keys() & _reserved_names()):
-        raise UsageError(f"chat_template_kwargs must be variables of the template, not {', '.join(reserved)}")
+        raise UsageError(
+            f"chat_template_kwargs must be variables of the template, not {', '.join(reserved)}", "chat_template_kwargs"
+        )
     return tokenizer.apply_chat_template([_plain(message) for message in messages], **kwargs)
 
 
@@ -151,12 +150,14 @@ class Writer(Generic[R]):
         self._includes_usage = bool(request.stream_options and request.stream_options.include_usage)
 
     def usage(self) -> Usage:
+        """Tokens of the prompts and of the output that was counted so far."""
         prompt_tokens = sum(map(len, self.prompts))
         total = prompt_tokens + self.num_output_tokens
         details = TokenDetails(sum(self._cached.values()), sum(self._pruned.values()))
         return Usage(prompt_tokens, self.num_output_tokens, total, details)
 
     def count(self, increment: Increment) -> None:
+        """Adds an increment's tokens to the usage."""
         self.num_output_tokens += len(increment.token_ids)
         n = self.request.n or 1
         if increment.index % n == 0:  # a prompt's other choices find what this one computed
@@ -164,6 +165,7 @@ class Writer(Generic[R]):
             self._pruned.setdefault(increment.index // n, increment.num_pruned_tokens)
 
     def chunk_usage(self) -> dict[str, Any]:
+        """The field `usage` of a chunk that is not the last: null where the last one has it, else absent."""
         return {"usage": None} if self._includes_usage else {}
 
     def chunks(self, increment: Increment) -> Iterable[msgspec.Struct]:
@@ -176,14 +178,22 @@ class Writer(Generic[R]):
             yield self.chunk([], usage=self.usage())
 
     def chunk(self, choices: list[Any], **fields: Any) -> msgspec.Struct:
+        """A piece of the answer with its head."""
         raise NotImplementedError
 
-    def whole(self, increments: list[Increment]) -> msgspec.Struct:
-        """The answer in one piece; its choices are in order, their increments joined."""
+    def whole(self, choices: list[Increment]) -> msgspec.Struct:
+        """The answer in one piece, of choices in order, each one increment; counts them."""
+        for choice in choices:
+            self.count(choice)
+        return self._whole(choices)
+
+    def _whole(self, choices: list[Increment]) -> msgspec.Struct:
         raise NotImplementedError
 
 
 class CompletionWriter(Writer[CompletionRequest]):
+    """Writes continuations, after their prompts if the request says `echo`."""
+
     prefix = "cmpl"
 
     def __init__(self, *args: Any):
@@ -198,8 +208,8 @@ class CompletionWriter(Writer[CompletionRequest]):
         if not is_empty or (self.request.echo and increment.index not in self._offsets):
             yield self.chunk([self._choice(increment)], **self.chunk_usage())
 
-    def whole(self, increments: list[Increment]) -> Completion:
-        return self.chunk([self._choice(increment) for increment in increments], usage=self.usage())
+    def _whole(self, choices: list[Increment]) -> Completion:
+        return self.chunk([self._choice(choice) for choice in choices], usage=self.usage())
 
     def _choice(self, increment: Increment) -> CompletionChoice:
         index = increment.index
@@ -237,6 +247,8 @@ class CompletionWriter(Writer[CompletionRequest]):
 
 
 class ChatWriter(Writer[ChatRequest]):
+    """Writes a conversation's answers."""
+
     prefix = "chatcmpl"
 
     def __init__(self, *args: Any):
@@ -266,18 +278,17 @@ class ChatWriter(Writer[ChatRequest]):
         for choice in deltas:
             yield self.chunk([choice], **self.chunk_usage())
 
-    def whole(self, increments: list[Increment]) -> ChatCompletion:
-        choices = [
-            ChatChoice(
-                index=increment.index,
-                message=AnswerMessage(increment.text),
-                logprobs=self._logprobs(increment.logprobs),
-                finish_reason=increment.finish_reason,  # type: ignore[arg-type]
-                stop_reason=increment.stop_reason,
-            )
-            for increment in increments
-        ]
-        return ChatCompletion(**self.head, choices=choices, usage=self.usage())
+    def _whole(self, choices: list[Increment]) -> ChatCompletion:
+        return ChatCompletion(**self.head, choices=[self._choice(choice) for choice in choices], usage=self.usage())
+
+    def _choice(self, increment: Increment) -> ChatChoice:
+        return ChatChoice(
+            index=increment.index,
+            message=AnswerMessage(increment.text),
+            logprobs=self._logprobs(increment.logprobs),
+            finish_reason=increment.finish_reason,  # type: ignore[arg-type]
+            stop_reason=increment.stop_reason,
+        )
 
     def _logprobs(self, entries: list[Logprobs]) -> ChatLogprobs | None:
         if not self.request.logprobs:
@@ -290,21 +301,3 @@ class ChatWriter(Writer[ChatRequest]):
             )
             content.append(TokenLogprob(own.token, own.logprob, own.bytes, top))
         return ChatLogprobs(content)
-
-
-def joined(increments: list[Increment]) -> Increment:
-    """One choice's increments as one."""
-    first, last = increments[0], increments[-1]
-    return Increment(
-        index=first.index,
-        text="".join(increment.text for increment in increments),
-        token_ids=[token_id for increment in increments for token_id in increment.token_ids],
-        num_prompt_tokens=first.num_prompt_tokens,
-        num_cached_tokens=first.num_cached_tokens,
-        num_pruned_tokens=first.num_pruned_tokens,
-        queue_s=first.queue_s,
-        finish_reason=last.finish_reason,
-        stop_reason=last.stop_reason,
-        logprobs=[entry for increment in increments for entry in increment.logprobs],
-        prompt_logprobs=first.prompt_logprobs,
-    )

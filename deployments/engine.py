@@ -8,7 +8,6 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-import msgspec
 import ray
 from ray import serve
 from ray.serve.config import RequestRouterConfig
@@ -16,9 +15,10 @@ from ray.serve.config import RequestRouterConfig
 from deployments.config import ApiConfig, ServedModel, scaling
 from deployments.metrics import EngineGauges
 from deployments.router import PrefixRouter
+from deployments.startup import failure_told, write_progress
 from rayllm.checkpoint.sources import ModelSource
 from rayllm.config import EngineConfig
-from rayllm.engine import placement, ray_private
+from rayllm.engine import placement
 from rayllm.engine.driver import EngineStats
 from rayllm.engine.engine import Engine
 from rayllm.engine.launcher import Launcher
@@ -35,7 +35,6 @@ logger = logging.getLogger("ray.serve")
 HEALTH_MARGIN_S = 5
 """A check may wait for a stuck driver's answer until that counts as dead; only then Serve should."""
 STATUS_TIMEOUT_S = 1.5
-PROGRESS_NAMESPACE = b"rayllm"
 
 
 @dataclass(frozen=True)
@@ -62,27 +61,21 @@ class EngineStatus:
     """KV cache blocks of each shard."""
 
 
-def write_progress(name: str, progress: Progress) -> None:
-    """Leaves word for whoever waits for the engine of model `name`: a replica that starts cannot be called yet."""
-    ray_private.kv_put(PROGRESS_NAMESPACE, name, msgspec.json.encode(progress))
-
-
-def read_progress(name: str) -> Progress | None:
-    """What `write_progress` wrote last of the engine of model `name`, None before."""
-    found = ray_private.kv_get(PROGRESS_NAMESPACE, name)
-    return msgspec.json.decode(found, type=Progress) if found else None
-
-
 class EngineReplica:
     """Admits sequences to its engine; its health is the engine's."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, model: ServedModel, config: EngineConfig, source: ModelSource
     ):
+        context = serve.get_replica_context()
         self.model = model
-        self._id = serve.get_replica_context().replica_id.unique_id
+        self._id, self._app = context.replica_id.unique_id, context.app_name
         self._stage = ""
-        loop = asyncio.get_running_loop()
+        with failure_told(self._app):
+            await self._start(config, source)
+
+    async def _start(self, config: EngineConfig, source: ModelSource) -> None:
+        model, loop = self.model, asyncio.get_running_loop()
         group = ray.util.get_current_placement_group()
         expected = placement.bundles_of(config.tensor_parallel_size, config.device)
         if (reserved := group and group.bundle_specs) != expected:
@@ -110,7 +103,7 @@ class EngineReplica:
         if progress.stage != self._stage:
             self._stage = progress.stage
             logger.info(f"{self.model.name}: {progress.stage}")
-        write_progress(self.model.name, progress)
+        write_progress(self._app, progress)
 
     async def _produce_a_token(self, source: ModelSource) -> None:
         client = Client(self.engine, self.engine.config, source.config, tokenizer=None)

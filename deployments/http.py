@@ -17,7 +17,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from deployments.config import ApiConfig
-from deployments.protocol import ChatRequest, CompletionRequest, ErrorBody, ErrorDetail
+from deployments.protocol import ErrorBody, ErrorDetail
 from rayllm import __version__
 from rayllm.errors import EngineDeadError, QueueFullError, UsageError
 
@@ -35,8 +35,6 @@ ERROR_STATUSES = {
     500: "A fault of the server",
     503: "There is no engine at present: try again after `Retry-After` seconds",
 }
-
-FIELDS = {*CompletionRequest.__struct_fields__, *ChatRequest.__struct_fields__}
 
 _encode = msgspec.json.encode
 
@@ -70,8 +68,7 @@ def error_of(error: Exception) -> ApiError:
         case UnicodeDecodeError():
             return ApiError(400, "the body is not valid UTF-8")
         case UsageError():
-            first_word = str(error).split(" ", 1)[0]
-            return ApiError(400, str(error), first_word if first_word in FIELDS else None)
+            return ApiError(400, str(error), error.param)
         case QueueFullError():
             return ApiError(429, str(error), code="queue_full")
         case EngineDeadError():
@@ -83,35 +80,39 @@ def error_of(error: Exception) -> ApiError:
 
 
 def _explain(message: str) -> tuple[str, str | None]:
-    """msgspec's message in our words, and the field that it is about."""
+    """msgspec's message in our words, and the field that it is about, which msgspec tells in no other way."""
     what, _, place = message.partition(" - at ")
     path = re.sub(r"^(`key` in )?`\$\.?(.*)`$", r"\2", place)
-    if unknown := re.fullmatch(r"Object contains unknown field `(.*)`", what):
-        field = f"{path}.{unknown[1]}" if path else unknown[1]
-        return f"{field} is not supported by this server", field
-    if missing := re.fullmatch(r"Object missing required field `(.*)`", what):
-        field = f"{path}.{missing[1]}" if path else missing[1]
-        return f"{field} is missing", field
+    if named := re.fullmatch(r"Object (contains unknown|missing required) field `(.*)`", what):
+        field = f"{path}.{named[2]}" if path else named[2]
+        return f"{field} is " + ("missing" if named[1][0] == "m" else "not supported by this server"), field
     what = what[:1].lower() + what[1:]
     return (f"{path}: {what}", path) if path else (what, None)
 
 
 @dataclass(frozen=True)
 class Endpoint:
+    """One method of one path."""
+
     method: str
     path: str
-    summary: str
     handler: Callable[..., Awaitable[Any]]
-    """Takes the body, decoded as `body`, if there is one, and the path's parameters."""
+    """Takes the request's id, the decoded `body` if there is one, and the path's parameters."""
     answer: Any
     """The type of what the handler returns; None for plain text."""
     body: Any = None
+    """The type of the request's body; None if there is none."""
     chunk: Any = None
     """The type of a stream's events, for endpoints that stream."""
     is_open: bool = False
     """No API key is asked for."""
     statuses: tuple[int, ...] = ()
     """Errors that it may answer with, beside those that all may."""
+
+    @property
+    def summary(self) -> str:
+        """What it does: the first line of the handler's docstring."""
+        return (self.handler.__doc__ or "").splitlines()[0]
 
 
 class Events:
@@ -121,6 +122,7 @@ class Events:
         self.chunks = chunks
 
     async def encoded(self) -> AsyncIterator[bytes]:
+        """The events as they are sent, an error in place of the last one if the answer fails."""
         try:
             async for structs in self.chunks:
                 if events := b"".join(b"data: " + _encode(struct) + b"\n\n" for struct in structs):

@@ -30,7 +30,7 @@ class ServeLink:
         self.trouble: str | None = "the engine is starting"
         """Why there is no engine now; None while there is one."""
         self.statuses: list[EngineStatus] = []
-        """Of the engines that answered last."""
+        """What each engine told that answered last."""
         self._engine = engine
         self._recovery_timeout_s = recovery_timeout_s
         self._heard = time.monotonic()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import prometheus_client
@@ -14,10 +15,11 @@ from ray.util import metrics as ray_metrics
 from rayllm.engine.driver import EngineStats
 from rayllm.frontend.output import Increment
 
+PREFIX = "rayllm_"
 SECONDS = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300]
+"""Buckets of times of requests."""
 TOKEN_SECONDS = [0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1]
-
-
+"""Buckets of times between tokens."""
 COUNT_EVERY = 64
 """Output tokens of a request that are counted at once: Ray's counters cost more than sending a token."""
 
@@ -31,6 +33,7 @@ class Counter:
         self._ray = ray_metrics.Counter(name, doc, labels)
 
     def add(self, amount: float, *labels: str) -> None:
+        """Adds to the count of these labels."""
         if amount:
             self._own.labels(*labels).inc(amount)
             self._ray.inc(amount, dict(zip(self._names, labels, strict=True)))
@@ -47,38 +50,43 @@ class Histogram:
         self._ray = ray_metrics.Histogram(name, doc, buckets, labels)
 
     def observe(self, value: float, *labels: str) -> None:
+        """Puts a value, in seconds, into its bucket of these labels."""
         self._own.labels(*labels).observe(value)
         self._ray.observe(value, dict(zip(self._names, labels, strict=True)))
 
 
 class ServiceMetrics:
-    """Those of one Api process."""
+    """The metrics of one Api process."""
 
     def __init__(self) -> None:
-        self.registry = registry = prometheus_client.CollectorRegistry()
-        self.responses = Counter(registry, "rayllm_http_responses", "HTTP responses", "path", "status")
-        self.requests = Counter(
-            registry, "rayllm_requests", "Choices answered, by how they ended: stop, length, abort, error", *ENDING
+        self.registry = prometheus_client.CollectorRegistry()
+        self.responses = self._counter("http_responses", "HTTP responses", "path", "status")
+        self.requests = self._counter(
+            "requests", "Choices answered, by how they ended: stop, length, abort, error", "model", "ending"
         )
-        self.prompt_tokens = Counter(registry, "rayllm_prompt_tokens", "Prompt tokens", "model")
-        self.cached_tokens = Counter(registry, "rayllm_cached_prompt_tokens", "Those from the prefix cache", "model")
-        self.output_tokens = Counter(registry, "rayllm_output_tokens", "Output tokens", "model")
-        first, each, whole, queue = (
-            "From a request's arrival to its first token",
-            "Mean time between a choice's tokens after its first",
-            "From a request's arrival to its end",
-            "From a choice's arrival at the engine to its first step",
+        self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens", "model")
+        self.cached_tokens = self._counter("cached_prompt_tokens", "Those from the prefix cache", "model")
+        self.output_tokens = self._counter("output_tokens", "Output tokens", "model")
+        self.first_token = self._histogram(
+            "time_to_first_token_seconds", "From a request's arrival to its first token", SECONDS
         )
-        self.first_token = Histogram(registry, "rayllm_time_to_first_token_seconds", first, SECONDS, "model")
-        self.per_token = Histogram(registry, "rayllm_time_per_output_token_seconds", each, TOKEN_SECONDS, "model")
-        self.request = Histogram(registry, "rayllm_request_seconds", whole, SECONDS, "model")
-        self.queue = Histogram(registry, "rayllm_queue_seconds", queue, SECONDS, "model")
+        self.per_token = self._histogram(
+            "time_per_output_token_seconds", "Mean time between a choice's tokens after its first", TOKEN_SECONDS
+        )
+        self.request = self._histogram("request_seconds", "From a request's arrival to its end", SECONDS)
+        self.queue = self._histogram(
+            "queue_seconds", "From a choice's arrival at the engine to its first step", SECONDS
+        )
+
+    def _counter(self, name: str, doc: str, *labels: str) -> Counter:
+        return Counter(self.registry, PREFIX + name, doc, *labels)
+
+    def _histogram(self, name: str, doc: str, buckets: list[float]) -> Histogram:
+        return Histogram(self.registry, PREFIX + name, doc, buckets, "model")
 
     def text(self) -> str:
+        """All of them in Prometheus' text format."""
         return prometheus_client.generate_latest(self.registry).decode()
-
-
-ENDING = ("model", "ending")
 
 
 class RequestTimer:
@@ -98,6 +106,7 @@ class RequestTimer:
         return self
 
     def add(self, increment: Increment) -> None:
+        """Takes note of what was sent just now."""
         now, index, metrics = time.monotonic(), increment.index, self._metrics
         self._uncounted += len(increment.token_ids)
         if self._uncounted >= COUNT_EVERY:
@@ -129,16 +138,76 @@ class RequestTimer:
             self._metrics.requests.add(max(self._num_open, 1), self._model, ending)
 
 
+@dataclass(frozen=True)
+class EngineMetric:
+    """A number that engines tell of themselves."""
+
+    name: str
+    doc: str
+    read: Callable[[EngineStats, int], float]
+    """Takes what the engine counts, and how many KV cache blocks it has."""
+    is_counter: bool = True
+    """Whether it is counted since the engine started; otherwise it is what is now."""
+
+
+ENGINE_METRICS = (
+    EngineMetric("running_sequences", "Sequences that run", lambda stats, _: stats.num_running, False),
+    EngineMetric("waiting_sequences", "Sequences that wait for room", lambda stats, _: stats.num_waiting, False),
+    EngineMetric(
+        "kv_blocks_used",
+        "KV cache blocks that sequences hold",
+        lambda stats, num_blocks: num_blocks - stats.num_free_blocks,
+        False,
+    ),
+    EngineMetric("kv_blocks", "KV cache blocks in all", lambda _, num_blocks: num_blocks, False),
+    EngineMetric("preemptions", "Preemptions since the engine started", lambda stats, _: stats.num_preemptions),
+    EngineMetric(
+        "pruned_tokens",
+        "Prompt tokens whose KV was given up since the engine started",
+        lambda stats, _: stats.num_pruned_tokens,
+    ),
+    EngineMetric(
+        "pruned_blocks",
+        "KV cache blocks that pruned prompts gave back since the engine started",
+        lambda stats, _: stats.num_pruned_blocks,
+    ),
+    EngineMetric("steps", "Steps since the engine started", lambda stats, _: stats.num_steps),
+    EngineMetric("sequences", "Sequences that came since the engine started", lambda stats, _: stats.num_sequences),
+    EngineMetric(
+        "driver_seconds", "Time that the driver was busy since the engine started", lambda stats, _: stats.driver_s
+    ),
+    EngineMetric(
+        "launch_seconds",
+        "Time that Python took to hand steps to shard 0's device since the engine started",
+        lambda stats, _: stats.times.launch_s,
+    ),
+    EngineMetric(
+        "device_seconds",
+        "Time that shard 0's device computed since the engine started",
+        lambda stats, _: stats.times.device_s,
+    ),
+    EngineMetric("prune_seconds", "Time of it for pruning", lambda stats, _: stats.times.prune_s),
+)
+
+
+def engine_values(stats: EngineStats, num_blocks: int) -> dict[str, float]:
+    """The values of `ENGINE_METRICS`, by name."""
+    return {metric.name: float(metric.read(stats, num_blocks)) for metric in ENGINE_METRICS}
+
+
 class EngineGauges:
     """An engine's state, for Ray, whose counters cannot be set."""
 
     def __init__(self, model: str):
         self._gauges = {
-            name: ray_metrics.Gauge(f"rayllm_{name}", doc, ("model",)).set_default_tags({"model": model})
-            for name, doc in ENGINE_METRICS.items()
+            metric.name: ray_metrics.Gauge(PREFIX + metric.name, metric.doc, ("model",)).set_default_tags(
+                {"model": model}
+            )
+            for metric in ENGINE_METRICS
         }
 
     def set(self, stats: EngineStats, num_blocks: int) -> None:
+        """Tells Ray how the engine is."""
         for name, value in engine_values(stats, num_blocks).items():
             self._gauges[name].set(value)
 
@@ -150,37 +219,11 @@ class _Collected:
         self.collect = collect
 
 
-ENGINE_METRICS = {
-    "running_sequences": "Sequences that run",
-    "waiting_sequences": "Sequences that wait for room",
-    "kv_blocks_used": "KV cache blocks that sequences hold",
-    "kv_blocks": "KV cache blocks in all",
-    "preemptions": "Preemptions since the engine started",
-    "pruned_tokens": "Prompt tokens whose KV was given up since the engine started",
-    "pruned_blocks": "KV cache blocks that pruned prompts gave back since the engine started",
-    "steps": "Steps since the engine started",
-    "sequences": "Sequences that came since the engine started",
-    "driver_seconds": "Time that the driver was busy since the engine started",
-    "launch_seconds": "Time that Python took to hand steps to shard 0's device since the engine started",
-    "device_seconds": "Time that shard 0's device computed since the engine started",
-    "prune_seconds": "Time of it for pruning",
-}
-ENGINE_COUNTERS = set(list(ENGINE_METRICS)[4:])
-"""The others are what is now."""
-
-
-def engine_values(stats: EngineStats, num_blocks: int) -> dict[str, float]:
-    """In the order of `ENGINE_METRICS`."""
-    used = num_blocks - stats.num_free_blocks
-    pruned = stats.num_pruned_tokens, stats.num_pruned_blocks
-    times = stats.driver_s, stats.times.launch_s, stats.times.device_s, stats.times.prune_s
-    totals = stats.num_preemptions, *pruned, stats.num_steps, stats.num_sequences, *times
-    values = stats.num_running, stats.num_waiting, used, num_blocks, *totals
-    return dict(zip(ENGINE_METRICS, map(float, values), strict=True))
-
-
 def merged(texts: Iterable[str], engines: dict[str, dict[str, dict[str, float]]]) -> bytes:
-    """One exposition of several processes' `texts`, values of equal labels added up, and of each model's engines."""
+    """One exposition of several processes' `texts`, values of equal labels added up, and of each model's engines.
+
+    `engines`: what `engine_values` says of each engine, by model and by the engine's id.
+    """
     families: dict[str, Metric] = {}
     totals: dict[str, dict[tuple[Any, ...], float]] = {}
     for text in texts:
@@ -199,12 +242,12 @@ def merged(texts: Iterable[str], engines: dict[str, dict[str, dict[str, float]]]
             for (sample, *labels), value in totals[name].items():
                 whole.add_sample(sample, dict(labels), value)
             yield whole
-        for name, doc in ENGINE_METRICS.items():
-            kind = CounterMetricFamily if name in ENGINE_COUNTERS else GaugeMetricFamily
-            of_engines = kind(f"rayllm_{name}", doc, labels=["model", "engine"])
+        for metric in ENGINE_METRICS:
+            kind = CounterMetricFamily if metric.is_counter else GaugeMetricFamily
+            of_engines = kind(PREFIX + metric.name, metric.doc, labels=["model", "engine"])
             for model, states in engines.items():
                 for engine, state in states.items():
-                    of_engines.add_metric([model, engine], state[name])
+                    of_engines.add_metric([model, engine], state[metric.name])
             yield of_engines
 
     return prometheus_client.generate_latest(_Collected(collect))

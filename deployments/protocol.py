@@ -11,17 +11,24 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
-MAX_CHOICES = 128
-MAX_PROMPTS = 128
-MAX_LOGPROBS = 20
-MAX_STOPS = 16
-MAX_STOP_CHARS = 256
-MAX_ID = 2**31 - 1
+from rayllm import sampling_params as sampling
 
-TokenId = Annotated[int, Meta(ge=0, le=MAX_ID)]
-Logit = Annotated[float, Meta(ge=-100, le=100)]
-StopString = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_CHARS)]
-NumTokens = Annotated[int, Meta(ge=1, le=MAX_ID)]
+# What a client may ask for is what `SamplingParams` take, except for these.
+Temperature = Annotated[float, Meta(ge=0, le=2)]
+"""As OpenAI has it: clients that send more mean something else."""
+NumLogprobs = Annotated[int, Meta(ge=0, le=20)]
+"""As OpenAI has it: each is spelled out as text in the answer."""
+MAX_PROMPTS = 128
+"""Prompts of one request."""
+MAX_STOPS = 16
+"""Stop strings, or stop tokens, of one request: each is looked for after every token."""
+MAX_CHARS = 256
+"""Longest stop string, and longest `cache_salt`."""
+
+StopString = Annotated[str, Meta(min_length=1, max_length=MAX_CHARS)]
+LogitBias = Annotated[
+    sampling.LogitBias, Meta(extra_json_schema={"propertyNames": {"pattern": "^(0|[1-9][0-9]{0,8})$"}})
+]
 
 
 class Body(msgspec.Struct, forbid_unknown_fields=True):
@@ -29,39 +36,38 @@ class Body(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class StreamOptions(Body):
+    """How a stream is sent."""
+
     include_usage: bool = False
 
 
 class GenerationRequest(Body, kw_only=True):
-    """What both kinds of completion take."""
+    """What both kinds of completion take. A field that is null is as if it were absent."""
 
     model: str
-    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
-    n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = None
+    temperature: Temperature | None = None
+    top_p: sampling.TopP | None = None
+    n: sampling.NumChoices | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     stop: StopString | Annotated[list[StopString], Meta(max_length=MAX_STOPS)] | None = None
-    max_tokens: NumTokens | None = None
-    presence_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
-    frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
-    logit_bias: (
-        Annotated[dict[TokenId, Logit], Meta(extra_json_schema={"propertyNames": {"pattern": "^(0|[1-9][0-9]{0,8})$"}})]
-        | None
-    ) = None
-    seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
+    max_tokens: sampling.MaxTokens | None = None
+    presence_penalty: sampling.Penalty | None = None
+    frequency_penalty: sampling.Penalty | None = None
+    logit_bias: LogitBias | None = None
+    seed: sampling.Seed | None = None
     user: str | None = None
-    top_k: Annotated[int, Meta(ge=-1, le=MAX_ID)] | None = None
-    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Meta(gt=0, le=100)] | None = None
-    min_tokens: Annotated[int, Meta(ge=0, le=MAX_ID)] | None = None
+    top_k: sampling.TopK | None = None
+    min_p: sampling.MinP | None = None
+    repetition_penalty: sampling.RepetitionPenalty | None = None
+    min_tokens: sampling.MinTokens | None = None
     ignore_eos: bool | None = None
-    stop_token_ids: Annotated[list[TokenId], Meta(max_length=MAX_STOPS)] | None = None
+    stop_token_ids: Annotated[list[sampling.TokenId], Meta(max_length=MAX_STOPS)] | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
-    snapkv_limit: Annotated[int, Meta(ge=0, le=MAX_ID)] | UnsetType | None = UNSET
-    """Prompt tokens that keep their KV, where the model is served with SnapKV; null: all."""
-    cache_salt: Annotated[str, Meta(min_length=1, max_length=MAX_STOP_CHARS)] | None = None
+    snapkv_limit: sampling.SnapkvLimit | None = None
+    """Prompt tokens that keep their KV, where the model is served with SnapKV; "all": nothing is pruned."""
+    cache_salt: Annotated[str, Meta(min_length=1, max_length=MAX_CHARS)] | None = None
     """Requests share cached prompts only with those of the same salt."""
 
 
@@ -74,6 +80,8 @@ TOKEN_IDS: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"type": "
 
 
 class CompletionRequest(GenerationRequest, kw_only=True):
+    """Prompts to continue."""
+
     prompt: Annotated[
         Any,
         Meta(
@@ -83,10 +91,12 @@ class CompletionRequest(GenerationRequest, kw_only=True):
     ]
     """Checked by `prompts_of`: a union of lists is beyond msgspec."""
     echo: bool | None = None
-    logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
+    logprobs: NumLogprobs | None = None
 
 
 class TextPart(Body, tag_field="type", tag="text"):
+    """A part of a message's content; there are no parts but text."""
+
     text: str
 
 
@@ -94,29 +104,41 @@ Content = str | list[TextPart]
 
 
 class Function(Body):
+    """The function that a tool call names, with its arguments as JSON text."""
+
     name: str
     arguments: str
 
 
 class ToolCall(Body):
+    """A call that an earlier answer made."""
+
     id: str
     function: Function
     type: Literal["function"] = "function"
 
 
 class Message(Body, kw_only=True, tag_field="role"):
+    """Base of a conversation's messages, told apart by `role`."""
+
     name: str | None = None
 
 
 class SystemMessage(Message, kw_only=True, tag="system"):
+    """Instructions for the model."""
+
     content: Content
 
 
 class DeveloperMessage(Message, kw_only=True, tag="developer"):
+    """Instructions for the model, by their newer name."""
+
     content: Content
 
 
 class UserMessage(Message, kw_only=True, tag="user"):
+    """What the user says."""
+
     content: Content
 
 
@@ -132,6 +154,8 @@ class AssistantMessage(Message, kw_only=True, tag="assistant"):
 
 
 class ToolMessage(Message, kw_only=True, tag="tool"):
+    """What a tool that was called returned."""
+
     content: Content
     tool_call_id: str
 
@@ -140,10 +164,12 @@ ChatMessage = SystemMessage | DeveloperMessage | UserMessage | AssistantMessage 
 
 
 class ChatRequest(GenerationRequest, kw_only=True):
+    """A conversation to answer."""
+
     messages: Annotated[list[ChatMessage], Meta(min_length=1)]
-    max_completion_tokens: NumTokens | None = None
+    max_completion_tokens: sampling.MaxTokens | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
+    top_logprobs: NumLogprobs | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
 
@@ -158,19 +184,25 @@ class TokenizeRequest(Body):
 
 
 class DetokenizeRequest(Body):
+    """Token ids to turn into text."""
+
     model: str
-    tokens: list[TokenId]
+    tokens: list[sampling.TokenId]
 
 
 # ---- answers
 
 
 class TokenDetails(msgspec.Struct):
+    """Prompt tokens whose KV came from the prefix cache, and prompt tokens whose KV was pruned."""
+
     cached_tokens: int
     pruned_tokens: int
 
 
 class Usage(msgspec.Struct):
+    """Tokens of a request, over all its choices."""
+
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
@@ -190,6 +222,8 @@ class CompletionLogprobs(msgspec.Struct):
 
 
 class CompletionChoice(msgspec.Struct, kw_only=True):
+    """One continuation, or in a stream what is new of it."""
+
     index: int
     text: str
     logprobs: CompletionLogprobs | None = None
@@ -198,6 +232,8 @@ class CompletionChoice(msgspec.Struct, kw_only=True):
 
 
 class Completion(msgspec.Struct, kw_only=True):
+    """The answer to a `CompletionRequest`, or one event of its stream."""
+
     id: str
     object: Literal["text_completion"] = "text_completion"
     created: int
@@ -207,12 +243,16 @@ class Completion(msgspec.Struct, kw_only=True):
 
 
 class TopLogprob(msgspec.Struct):
+    """A token that was likely, with its log-probability and its UTF-8 bytes."""
+
     token: str
     logprob: float
     bytes: list[int]
 
 
 class TokenLogprob(msgspec.Struct):
+    """A token of the answer, and the likeliest ones in its place."""
+
     token: str
     logprob: float
     bytes: list[int]
@@ -220,17 +260,23 @@ class TokenLogprob(msgspec.Struct):
 
 
 class ChatLogprobs(msgspec.Struct):
+    """Log-probabilities of an answer's tokens."""
+
     content: list[TokenLogprob]
     refusal: None = None
 
 
 class AnswerMessage(msgspec.Struct):
+    """What the model says."""
+
     content: str
     role: Literal["assistant"] = "assistant"
     refusal: None = None
 
 
 class ChatChoice(msgspec.Struct, kw_only=True):
+    """One answer."""
+
     index: int
     message: AnswerMessage
     logprobs: ChatLogprobs | None = None
@@ -239,6 +285,8 @@ class ChatChoice(msgspec.Struct, kw_only=True):
 
 
 class ChatCompletion(msgspec.Struct, kw_only=True):
+    """The answer to a `ChatRequest`."""
+
     id: str
     object: Literal["chat.completion"] = "chat.completion"
     created: int
@@ -248,11 +296,15 @@ class ChatCompletion(msgspec.Struct, kw_only=True):
 
 
 class Delta(msgspec.Struct):
+    """What is new of a message."""
+
     role: Literal["assistant"] | UnsetType = UNSET
     content: str | UnsetType = UNSET
 
 
 class ChunkChoice(msgspec.Struct, kw_only=True):
+    """What is new of one answer."""
+
     index: int
     delta: Delta
     logprobs: ChatLogprobs | None = None
@@ -261,6 +313,8 @@ class ChunkChoice(msgspec.Struct, kw_only=True):
 
 
 class ChatChunk(msgspec.Struct, kw_only=True):
+    """One event of the stream that answers a `ChatRequest`."""
+
     id: str
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
     created: int
@@ -270,6 +324,8 @@ class ChatChunk(msgspec.Struct, kw_only=True):
 
 
 class ModelCard(msgspec.Struct, kw_only=True):
+    """A model that is served."""
+
     id: str
     object: Literal["model"] = "model"
     created: int
@@ -278,21 +334,29 @@ class ModelCard(msgspec.Struct, kw_only=True):
 
 
 class ModelList(msgspec.Struct):
+    """The models that are served."""
+
     data: list[ModelCard]
     object: Literal["list"] = "list"
 
 
 class Tokens(msgspec.Struct):
+    """Token ids of a text or conversation, how many they are, and the longest context in tokens."""
+
     tokens: list[int]
     count: int
     max_model_len: int
 
 
 class Text(msgspec.Struct):
+    """The text of token ids."""
+
     prompt: str
 
 
 class Version(msgspec.Struct):
+    """The version of rayllm."""
+
     version: str
 
 
@@ -304,6 +368,8 @@ class Health(msgspec.Struct):
 
 
 class ErrorDetail(msgspec.Struct):
+    """What is wrong: in words, by its kind, in which field, and as a code if there is one."""
+
     message: str
     type: str
     param: str | None = None
@@ -311,4 +377,6 @@ class ErrorDetail(msgspec.Struct):
 
 
 class ErrorBody(msgspec.Struct):
+    """The body of every answer that is an error."""
+
     error: ErrorDetail

@@ -24,9 +24,9 @@ of the engines' mean."""
 MAX_EXCESS = 1.25
 """An engine with so many times the blocks of the mean is not home to what is new."""
 MAX_BLOCKS = 256
-"""Of a prompt that are looked at."""
+"""Leading blocks of a prompt that are looked at."""
 MAX_REMEMBERED = 32768
-"""Blocks of each engine."""
+"""Blocks that are remembered of each engine."""
 REFRESH_S = 1.0
 """What other processes send to an engine is learned with an own request's answer, or by asking this often."""
 
@@ -91,7 +91,7 @@ def _home(key: bytes, engines: Iterable[str]) -> str:
 
 
 def hashes_of(sequence: NewSequence, block_size: int) -> list[bytes]:
-    """Those of the sequence's first full blocks, as the engine computes them."""
+    """The hashes of the sequence's first full blocks, as the engine computes them."""
     size = block_size * BYTES_PER_ID
     hashes = [root_hash(sequence.cache_salt)]
     for start in range(0, min(len(sequence.token_ids) // size, MAX_BLOCKS) * size, size):
@@ -103,6 +103,7 @@ class PrefixRouter(FIFOMixin, RequestRouter):
     """Serve's router, in each process that calls engines, with `Policy`."""
 
     def initialize_state(self, block_size: int) -> None:
+        """See `RequestRouter`; `block_size`: tokens of the engines' blocks."""
         self._block_size = block_size
         self._policy = Policy()
         self._refreshed = 0.0
@@ -132,6 +133,7 @@ class PrefixRouter(FIFOMixin, RequestRouter):
         return chosen
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
+        """See `RequestRouter`: these are all engines that there are now."""
         super().update_replicas(replicas)
         self._policy.forget_others([replica.replica_id.unique_id for replica in replicas])
 

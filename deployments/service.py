@@ -9,11 +9,10 @@ from typing import Any, Protocol
 
 import msgspec
 
-from deployments.completions import ChatWriter, CompletionWriter, Writer, chat_prompt, joined, params_of, prompts_of
+from deployments.completions import ChatWriter, CompletionWriter, Writer, chat_prompt, params_of, prompts_of
 from deployments.http import ApiError, Endpoint, Events
 from deployments.metrics import RequestTimer, ServiceMetrics
 from deployments.protocol import (
-    MAX_CHOICES,
     ChatChunk,
     ChatCompletion,
     ChatRequest,
@@ -32,9 +31,9 @@ from deployments.protocol import (
 from rayllm import __version__
 from rayllm.errors import EngineDeadError, UsageError
 from rayllm.frontend.client import Client
-from rayllm.frontend.output import Increment
+from rayllm.frontend.output import Increment, joined
 from rayllm.frontend.tokenizer import Tokenizer
-from rayllm.sampling_params import SamplingParams
+from rayllm.sampling_params import MAX_CHOICES, SamplingParams
 
 
 class EngineState(Protocol):
@@ -50,13 +49,16 @@ class Model:
     """A model that is served."""
 
     name: str
+    """What requests call it."""
     client: Client
     tokenizer: Tokenizer
     state: EngineState
     created: int
+    """When this process began to serve it, in seconds since 1970."""
 
     @property
     def card(self) -> ModelCard:
+        """What `/v1/models` tells of it."""
         return ModelCard(id=self.name, created=self.created, max_model_len=self.client.max_model_len)
 
 
@@ -67,23 +69,36 @@ class Service:
         self.models = {model.name: model for model in models}
         self.metrics = metrics
         self.is_draining = False
+        """Whether new requests are refused, since the service is about to end."""
         self.num_running = 0
+        """Requests that are being answered."""
 
     def model(self, name: str) -> Model:
-        """Raises `ApiError` for a name that is not served."""
+        """The model of this name; raises `ApiError` (404) for one that is not served."""
         if (model := self.models.get(name)) is None:
             served = ", ".join(self.models)
             raise ApiError(404, f"there is no model {name!r} here: use {served}", "model", "model_not_found")
         return model
 
     async def generate(
-        self, model: Model, prompts: Sequence[Sequence[int]], params: SamplingParams, cache_salt: str | None = None
+        self,
+        model: Model,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        cache_salt: str | None = None,
+        field: str = "prompt",
     ) -> AsyncGenerator[Increment]:
-        """`Client.answer`, refused while there is no engine, and measured."""
+        """`Client.answer`, refused while there is no engine, and measured; `field`: what brought the prompts.
+
+        Raises `UsageError` for prompts that cannot be served with `params`, `QueueFullError` when too much waits for
+        the engine, and `EngineDeadError` when there is none, or none any more.
+        """
         if len(prompts) * params.n > MAX_CHOICES:
-            raise UsageError(f"n must be at most {MAX_CHOICES} over all prompts, not {len(prompts)} times {params.n}")
+            raise UsageError(
+                f"n must be at most {MAX_CHOICES} over all prompts, not {len(prompts)} times {params.n}", "n"
+            )
         for prompt in prompts:
-            model.client.check(prompt, params)
+            model.client.check(prompt, params, field)
         if self.is_draining:
             raise EngineDeadError("the service is shutting down")
         if model.state.trouble:
@@ -100,48 +115,48 @@ class Service:
 
     # ---- completions
 
-    async def chat(self, request_id: str, body: ChatRequest) -> Any:
+    async def chat(self, request_id: str, body: ChatRequest) -> ChatCompletion | Events:
+        """Answers a conversation.
+
+        Returns a `ChatCompletion`, or with `stream` events of `ChatChunk`. Raises what `model` and `generate` raise,
+        and `UsageError` for fields that contradict each other and for messages that the chat template refuses.
+        """
         model = self.model(body.model)
         params = params_of(body)
         prompts = [chat_prompt(body.messages, body.chat_template_kwargs, model.tokenizer)]
-        return await self._complete(
-            model, prompts, params, body, ChatWriter(body, prompts, model.tokenizer, request_id)
-        )
+        writer = ChatWriter(body, prompts, model.tokenizer, request_id)
+        return await _complete(self.generate(model, prompts, params, body.cache_salt, "messages"), body, writer)
 
-    async def complete(self, request_id: str, body: CompletionRequest) -> Any:
+    async def complete(self, request_id: str, body: CompletionRequest) -> Completion | Events:
+        """Continues prompts.
+
+        Returns a `Completion`, or with `stream` events of the same type. Raises what `model` and `generate` raise,
+        and `UsageError` for fields that contradict each other and for what is no prompt.
+        """
         model = self.model(body.model)
         params = params_of(body)
         prompts = [p if isinstance(p, list) else model.tokenizer.encode(p) for p in prompts_of(body.prompt)]
         writer = CompletionWriter(body, prompts, model.tokenizer, request_id)
-        return await self._complete(model, prompts, params, body, writer)
-
-    async def _complete(
-        self,
-        model: Model,
-        prompts: Sequence[Sequence[int]],
-        params: SamplingParams,
-        body: GenerationRequest,
-        writer: Writer[Any],
-    ) -> Any:
-        increments = self.generate(model, prompts, params, body.cache_salt)
-        if body.stream:
-            first = await anext(increments)  # from here on, there is no other status to be given
-            return Events(_events(first, increments, writer))
-        choices: dict[int, list[Increment]] = {}
-        async for increment in increments:
-            writer.count(increment)
-            choices.setdefault(increment.index, []).append(increment)
-        return writer.whole([joined(choices[index]) for index in sorted(choices)])
+        return await _complete(self.generate(model, prompts, params, body.cache_salt), body, writer)
 
     # ---- the rest
 
     async def list_models(self, request_id: str) -> ModelList:
+        """Lists the models that are served."""
         return ModelList([model.card for model in self.models.values()])
 
     async def show_model(self, request_id: str, model: str) -> ModelCard:
+        """Describes one model.
+
+        Raises `ApiError` (404) for one that is not served.
+        """
         return self.model(model).card
 
     async def tokenize(self, request_id: str, body: TokenizeRequest) -> Tokens:
+        """Turns a text, or a conversation, into token ids.
+
+        Raises `ApiError` (400, 404), and `UsageError` for messages that the chat template refuses.
+        """
         model = self.model(body.model)
         if (body.prompt is None) == (body.messages is None):
             raise ApiError(400, "give either prompt or messages", "prompt")
@@ -152,9 +167,17 @@ class Service:
         return Tokens(tokens, len(tokens), model.client.max_model_len)
 
     async def detokenize(self, request_id: str, body: DetokenizeRequest) -> Text:
+        """Turns token ids into text, special tokens included.
+
+        Raises `ApiError` (404).
+        """
         return Text(self.model(body.model).tokenizer.decode(body.tokens, skip_special_tokens=False))
 
     async def health(self, request_id: str) -> Health:
+        """Tells whether every model can answer.
+
+        Raises `EngineDeadError` if one cannot.
+        """
         trouble = {name: model.state.trouble for name, model in self.models.items() if model.state.trouble}
         if self.is_draining:
             raise EngineDeadError("the service is shutting down")
@@ -163,42 +186,35 @@ class Service:
         return Health("ok", list(self.models))
 
     async def version(self, request_id: str) -> Version:
+        """Tells the version of the service."""
         return Version(__version__)
 
     def endpoints(self) -> list[Endpoint]:
-        answers = (404, 429, 503)
+        """All of them but `/metrics`, which is the whole application's."""
+
+        def get(path: str, handler: Any, answer: Any, **more: Any) -> Endpoint:
+            return Endpoint("GET", path, handler, answer, **more)
+
+        def post(path: str, handler: Any, answer: Any, body: Any, *statuses: int, chunk: Any = None) -> Endpoint:
+            return Endpoint("POST", path, handler, answer, body, chunk, statuses=(404, *statuses))
+
         return [
-            Endpoint(
-                "POST",
-                "/v1/chat/completions",
-                "Answer a conversation",
-                self.chat,
-                ChatCompletion,
-                ChatRequest,
-                ChatChunk,
-                statuses=answers,
-            ),
-            Endpoint(
-                "POST",
-                "/v1/completions",
-                "Continue prompts",
-                self.complete,
-                Completion,
-                CompletionRequest,
-                Completion,
-                statuses=answers,
-            ),
-            Endpoint("GET", "/v1/models", "The models that are served", self.list_models, ModelList),
-            Endpoint("GET", "/v1/models/{model}", "One model", self.show_model, ModelCard, statuses=(404,)),
-            Endpoint("POST", "/tokenize", "Text to token ids", self.tokenize, Tokens, TokenizeRequest, statuses=(404,)),
-            Endpoint(
-                "POST", "/detokenize", "Token ids to text", self.detokenize, Text, DetokenizeRequest, statuses=(404,)
-            ),
-            Endpoint(
-                "GET", "/health", "Whether every model can answer", self.health, Health, is_open=True, statuses=(503,)
-            ),
-            Endpoint("GET", "/version", "The version of the service", self.version, Version, is_open=True),
+            post("/v1/chat/completions", self.chat, ChatCompletion, ChatRequest, 429, 503, chunk=ChatChunk),
+            post("/v1/completions", self.complete, Completion, CompletionRequest, 429, 503, chunk=Completion),
+            get("/v1/models", self.list_models, ModelList),
+            get("/v1/models/{model}", self.show_model, ModelCard, statuses=(404,)),
+            post("/tokenize", self.tokenize, Tokens, TokenizeRequest),
+            post("/detokenize", self.detokenize, Text, DetokenizeRequest),
+            get("/health", self.health, Health, is_open=True, statuses=(503,)),
+            get("/version", self.version, Version, is_open=True),
         ]
+
+
+async def _complete(increments: AsyncGenerator[Increment], body: GenerationRequest, writer: Writer[Any]) -> Any:
+    if not body.stream:
+        return writer.whole(await joined(increments))
+    first = await anext(increments)  # from here on, there is no other status to be given
+    return Events(_events(first, increments, writer))
 
 
 async def _events(

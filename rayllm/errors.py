@@ -18,12 +18,3 @@ class EngineDeadError(RuntimeError):
 
 class QueueFullError(RuntimeError):
     """So much waits for the engine already that it takes no more; to be tried again later."""
-
-
-def named_in(text: str) -> UsageError | EngineDeadError | None:
-    """The error of ours that another process told of in `text`: a traceback, or what Ray made of it."""
-    for kind in (UsageError, EngineDeadError):
-        for line in text.splitlines():
-            if f"{kind.__name__}: " in line:
-                return kind(line.rpartition(f"{kind.__name__}: ")[2].strip())
-    return None

@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Progress:
-    """`done` of `total` pieces of `stage`."""
+    """How far work is: `done` of `total` pieces of `stage`."""
 
     stage: str
     done: int = 0
@@ -38,9 +38,11 @@ class Tracker:
         self.progress = Progress("starting")
 
     def stage(self, name: str) -> None:
+        """Begins a stage that has no pieces."""
         self.progress = Progress(name)
 
     def track(self, items: Sequence[T], stage: str) -> Iterator[T]:
+        """Yields the items, each a piece of `stage`."""
         for done, item in enumerate(items):
             self.progress = Progress(stage, done, len(items))
             yield item

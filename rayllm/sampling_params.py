@@ -1,16 +1,38 @@
-"""What a request may ask of the sampler. Names and meanings follow vLLM's SamplingParams."""
+"""What a request may ask of the sampler. Names and meanings follow vLLM's SamplingParams.
+
+Each range stands here once, in a type; the service's bodies (`deployments.protocol`) are made of the same types, and
+say where HTTP allows less.
+"""
 
 from __future__ import annotations
 
-from functools import cache
-from types import UnionType
-from typing import get_args, get_origin
+from typing import Annotated, Any, Literal, get_type_hints
 
 import msgspec
+from msgspec import Meta, inspect
 
 from rayllm.errors import UsageError
 
+MAX_INT = 2**31 - 1
+"""Largest count and token id: what an int32 holds."""
+MAX_CHOICES = 128
 MAX_LOGPROBS = 64
+
+TokenId = Annotated[int, Meta(ge=0, le=MAX_INT)]
+NumChoices = Annotated[int, Meta(ge=1, le=MAX_CHOICES)]
+Temperature = Annotated[float, Meta(ge=0, le=100)]
+TopP = Annotated[float, Meta(gt=0, le=1)]
+TopK = Annotated[int, Meta(ge=-1, le=MAX_INT)]
+MinP = Annotated[float, Meta(ge=0, le=1)]
+RepetitionPenalty = Annotated[float, Meta(gt=0, le=100)]
+Penalty = Annotated[float, Meta(ge=-2, le=2)]
+LogitBias = dict[TokenId, Annotated[float, Meta(ge=-100, le=100)]]
+Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+MaxTokens = Annotated[int, Meta(ge=1, le=MAX_INT)]
+MinTokens = Annotated[int, Meta(ge=0, le=MAX_INT)]
+StopString = Annotated[str, Meta(min_length=1)]
+NumLogprobs = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
+SnapkvLimit = Annotated[int, Meta(ge=1, le=MAX_INT)] | Literal["all"]
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -19,93 +41,97 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     Raises `UsageError`, naming the field and what it may be.
     """
 
-    n: int = 1
+    n: NumChoices = 1
     """Number of choices; choice i samples with `seed + i`."""
-    temperature: float = 1.0
+    temperature: Temperature = 1.0
     """0 is greedy (ties go to the lower token id)."""
-    top_p: float = 1.0
-    top_k: int = 0
+    top_p: TopP = 1.0
+    """Keep the likeliest tokens that make up this probability."""
+    top_k: TopK = 0
     """Keep the k likeliest tokens; 0 or -1 keeps all."""
-    min_p: float = 0.0
+    min_p: MinP = 0.0
     """Keep tokens at least this fraction as likely as the likeliest."""
-    repetition_penalty: float = 1.0
+    repetition_penalty: RepetitionPenalty = 1.0
     """Logits of tokens in the prompt or output are divided (positive) or multiplied (negative) by it."""
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: dict[int, float] | None = None
+    presence_penalty: Penalty = 0.0
+    """Subtracted from the logits of tokens in the output."""
+    frequency_penalty: Penalty = 0.0
+    """Subtracted from a token's logit as many times as the output has the token."""
+    logit_bias: LogitBias | None = None
     """Token id → value added to its logit."""
-    seed: int | None = None
+    seed: Seed | None = None
     """Same seed, same prompt, same output, whatever else is in the batch; None draws one."""
-    max_tokens: int | None = 16
-    """None: up to the end of the context."""
-    min_tokens: int = 0
+    max_tokens: MaxTokens | None = 16
+    """Longest output; None: up to the end of the context."""
+    min_tokens: MinTokens = 0
     """No end of sequence, stop token or stop string before so many output tokens."""
-    stop: str | list[str] | None = None
+    stop: StopString | list[StopString] | None = None
     """Text that ends the output; not part of it unless `include_stop_str_in_output`."""
-    stop_token_ids: list[int] = []
+    stop_token_ids: list[TokenId] = []
+    """Tokens that end the output; their text is no part of it unless `include_stop_str_in_output`."""
     include_stop_str_in_output: bool = False
+    """Whether what ended the output is part of its text."""
     ignore_eos: bool = False
-    logprobs: int | None = None
+    """Whether the output goes on after an end-of-sequence token."""
+    logprobs: NumLogprobs | None = None
     """Log-probabilities of each output token and of so many likeliest tokens, before any processing."""
-    prompt_logprobs: int | None = None
+    prompt_logprobs: NumLogprobs | None = None
     """The same for the prompt's tokens but the first; such a request takes no prefix-cache hits."""
     skip_special_tokens: bool = True
-    snapkv_limit: int | None = 0
-    """Tokens of the prompt that keep their KV, where the engine prunes; 0: as many as the engine says; None: all."""
+    """Whether special tokens are left out of the text."""
+    snapkv_limit: SnapkvLimit | None = None
+    """Tokens of the prompt that keep their KV, where the engine prunes; None: the engine's limit; "all": all."""
 
     def __post_init__(self) -> None:
-        def check(ok: bool, name: str, allowed: str) -> None:
-            if not ok:
-                raise UsageError(f"{name} must be {allowed}, not {getattr(self, name)!r}")
-
-        for name, types in _types().items():
-            check(
-                isinstance(getattr(self, name), types),
-                name,
-                " or ".join(t.__name__ for t in types).replace("NoneType", "None"),
+        try:
+            msgspec.convert(msgspec.structs.asdict(self), _Values)
+        except msgspec.ValidationError:
+            raise self._refusal() from None
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise UsageError(
+                f"min_tokens must be at most max_tokens ({self.max_tokens}), not {self.min_tokens}", "min_tokens"
             )
-        check(all(isinstance(stop, str) for stop in self.stop_strings), "stop", "one or more non-empty strings")
-        check(all(isinstance(i, int) for i in self.stop_token_ids), "stop_token_ids", "a list of token ids")
-        check(1 <= self.n <= 128, "n", "1 to 128")
-        check(0 <= self.temperature <= 100, "temperature", "0 to 100")
-        check(0 < self.top_p <= 1, "top_p", "over 0 and at most 1")
-        check(self.top_k >= -1, "top_k", "-1 or 0 (all), or a positive number of tokens")
-        check(0 <= self.min_p <= 1, "min_p", "0 to 1")
-        check(0 < self.repetition_penalty <= 100, "repetition_penalty", "over 0 and at most 100")
-        check(-2 <= self.presence_penalty <= 2, "presence_penalty", "-2 to 2")
-        check(-2 <= self.frequency_penalty <= 2, "frequency_penalty", "-2 to 2")
-        check(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", "at least 1, or None")
-        check(self.min_tokens >= 0, "min_tokens", "at least 0")
-        check(
-            self.max_tokens is None or self.min_tokens <= self.max_tokens,
-            "min_tokens",
-            f"at most max_tokens ({self.max_tokens})",
-        )
-        for name in ("logprobs", "prompt_logprobs"):
+
+    def _refusal(self) -> UsageError:
+        """The error of the first field whose value is not of its type."""
+        for name, hint in _HINTS.items():
             value = getattr(self, name)
-            check(value is None or 0 <= value <= MAX_LOGPROBS, name, f"0 to {MAX_LOGPROBS}, or None")
-        check(self.snapkv_limit is None or self.snapkv_limit >= 0, "snapkv_limit", "at least 0, or None")
-        check(self.seed is None or -(2**63) <= self.seed < 2**63, "seed", "a 64-bit integer, or None")
-        check(all(self.stop_strings), "stop", "one or more non-empty strings")
-        bias = self.logit_bias or {}
-        biases_are_valid = all(
-            isinstance(k, int) and isinstance(v, int | float) and -100 <= v <= 100 for k, v in bias.items()
-        )
-        check(biases_are_valid, "logit_bias", "a map of token ids to values -100 to 100")
+            try:
+                msgspec.convert(value, hint)
+            except msgspec.ValidationError:
+                return UsageError(f"{name} must be {_words(inspect.type_info(hint))}, not {value!r}", name)
+        raise AssertionError("every field is of its type")
 
     @property
     def stop_strings(self) -> list[str]:
+        """`stop` as a list."""
         if self.stop is None:
             return []
         return [self.stop] if isinstance(self.stop, str) else list(self.stop)
 
 
-@cache
-def _types() -> dict[str, tuple[type, ...]]:
-    """By field, the types that its value may have; integers are numbers too."""
-    allowed = {}
-    for field in msgspec.structs.fields(SamplingParams):
-        parts = get_args(field.type) if get_origin(field.type) is UnionType else (field.type,)
-        types = [get_origin(part) or part for part in parts]
-        allowed[field.name] = (*types, int) if float in types else tuple(types)
-    return allowed
+_HINTS: dict[str, Any] = get_type_hints(SamplingParams, include_extras=True)
+_Values = msgspec.defstruct("_Values", list(_HINTS.items()))
+"""The same fields and no check of its own, so that msgspec can check values that are in Python already."""
+
+
+def _words(kind: inspect.Type) -> str:
+    """What values of a type are, for an error message."""
+    match kind:
+        case inspect.UnionType():
+            return ", or ".join(map(_words, kind.types))
+        case inspect.IntType():
+            return f"an integer from {kind.ge} to {kind.le}"
+        case inspect.FloatType():
+            return f"{kind.ge} to {kind.le}" if kind.gt is None else f"over {kind.gt} and at most {kind.le}"
+        case inspect.BoolType():
+            return "True or False"
+        case inspect.StrType():
+            return "a non-empty text"
+        case inspect.LiteralType():
+            return " or ".join(map(repr, kind.values))
+        case inspect.ListType():
+            return f"a list, each item {_words(kind.item_type)}"
+        case inspect.DictType():
+            return f"a map, each key {_words(kind.key_type)}, each value {_words(kind.value_type)}"
+    return "None"

@@ -1,215 +1,35 @@
-"""Answers all rows of files: `python -m deployments.batch_jobs.command --model M --input in.jsonl --output out/`.
-
-Ray Data streams the rows from the node where this runs to the engines, wherever these are, and the answers back.
-"""
+"""`rayllm batch`: its arguments. What it does is imported when it runs."""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import importlib.util
-import logging
-import signal
-import sys
-import threading
-import time
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
-import ray
-from ray.util.placement_group import PlacementGroup
-from tqdm import tqdm
-
-from deployments.batch_jobs.engine import BatchEngine, Slots
-from deployments.batch_jobs.input import Row, find_files, read_input
-from deployments.batch_jobs.output import BatchOutput, Job
 from deployments.config import BatchConfig
-from rayllm.__main__ import Parser, exit_code
-from rayllm.checkpoint.sources import ModelSource, resolve_model
-from rayllm.config import EngineConfig
-from rayllm.engine import placement
-from rayllm.errors import EngineDeadError, UsageError, named_in
-from rayllm.frontend.tokenizer import load_tokenizer
-from rayllm.options import HelpFormatter, add_arguments, from_arguments
-from rayllm.progress import Progress
-
-MAX_BATCH_ROWS = 32
-POLL_S = 0.5
-BAR_PERIOD_S = 30.0
-"""Between two lines of the progress, where it is no terminal that shows them."""
+from rayllm.command_line import ADDRESS_HELP, MODEL_HELP, Command, add_flag
+from rayllm.options import add_arguments, from_arguments
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Runs a job; returns the exit code: 0, 1 when the engines failed, 2 when what was asked cannot work."""
-    options = _parser().parse_args(arguments)
-    return exit_code(lambda: run(from_arguments(options, BatchConfig), options.input, options.output, options.address))
-
-
-def run(config: BatchConfig, pattern: str, folder: str, address: str | None = None) -> None:
-    """Answers the rows of `pattern` (a file, folder or glob) that have no answer in `folder` yet.
-
-    Raises `UsageError` for what cannot work, before an engine starts, and `EngineDeadError` when no engine is left.
-    """
-    _check_ray_data()
-    files = find_files(pattern)
-    source = resolve_model(config.model, config.load_format)
-    config.check_model(source.config)
-    load_tokenizer(config, source)
-    signal.signal(signal.SIGTERM, _interrupt)
-    start = time.monotonic()
-    with BatchOutput(Path(folder).absolute()) as output:
-        found = read_input(files, output.spool)
-        output.begin(Job(config.name, found.hashes))
-        rows = [row for row in found.rows if row.key not in output.done]
-        if rows:
-            _answer(rows, config, source, address, output)
-    num_answers = len(output.done) - output.num_failed
-    print(f"{num_answers} answers and {output.num_failed} errors in {folder} ({time.monotonic() - start:.0f} s)")
-
-
-def _check_ray_data() -> None:
-    if not all(importlib.util.find_spec(name) for name in ("pandas", "pyarrow")):  # what ray[data] brings
-        raise UsageError("batch jobs need Ray Data: pip install 'rayllm[batch]'")
-
-
-def _interrupt(*_: Any) -> None:
-    raise KeyboardInterrupt
-
-
-def _answer(
-    rows: list[Row], config: BatchConfig, source: ModelSource, address: str | None, output: BatchOutput
-) -> None:
-    config = dataclasses.replace(config, num_engines=min(config.num_engines, len(rows)))
-    started_ray = placement.connect(address, min_cpus=config.tensor_parallel_size * config.num_engines)
-    signal.signal(signal.SIGTERM, _interrupt)  # Ray has set its own
-    groups: list[PlacementGroup] = []
-    try:
-        engine = config.resolve(source.config, placement.choose_device(config.device))
-        groups = placement.reserve_all(
-            config.num_engines, engine.tensor_parallel_size, engine.device, engine.placement_timeout_s
-        )
-        slots = ray.remote(num_cpus=0)(Slots).remote(groups)
-        with _Bar(slots, len(output.done), len(output.done) + len(rows)) as bar:
-            for answers in _stream(rows, config, engine, source, slots):
-                output.add(answers["key"], answers["line"], sum(answers["failed"]))
-                bar.update(len(answers["key"]), sum(answers["tokens"]), output.num_failed)
-    except ray.exceptions.RayError as error:
-        lines = str(error).strip().splitlines()
-        raise named_in(str(error)) or EngineDeadError(f"the job failed: {type(error).__name__}: {lines[-1]}") from None
-    finally:
-        for group in groups:
-            placement.release(group)
-        if started_ray:
-            ray.shutdown()
-
-
-def _batches(rows: list[Row], config: BatchConfig) -> list[list[Row]]:
-    """At least one for each engine."""
-    size = max(1, min(MAX_BATCH_ROWS, config.max_num_seqs // 8, len(rows) // config.num_engines))
-    return [rows[i : i + size] for i in range(0, len(rows), size)]
-
-
-def _stream(
-    rows: list[Row], config: BatchConfig, engine: EngineConfig, source: ModelSource, slots: Any
-) -> Iterator[dict[str, list[Any]]]:
-    """The answers, as they come."""
-    from ray.data import ActorPoolStrategy, DataContext, read_datasource
-
-    from deployments.batch_jobs.source import RowSource
-
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    context = DataContext.get_current()
-    context.enable_progress_bars = False
-    context.execution_no_progress_timeout_s = -1  # engines are watched where they are
-    batches = _batches(rows, config)
-    # An engine is full while twice as many rows as it runs at once are in its process: a batch lasts as long as its
-    # longest answer.
-    num_calls = min(len(batches), -(-2 * config.max_num_seqs // len(batches[0])))
-    answers = read_datasource(
-        RowSource(batches),
-        override_num_blocks=len(batches),
-        concurrency=min(2, len(batches)),
-        num_cpus=0,
-        label_selector={"ray.io/node-id": ray.get_runtime_context().get_node_id()},
-    ).map_batches(
-        BatchEngine,
-        fn_constructor_kwargs={"args": config, "config": engine, "source": source, "slots": slots},
-        compute=ActorPoolStrategy(
-            size=config.num_engines,
-            max_concurrent_calls_per_actor=num_calls,
-            max_tasks_in_flight_per_actor=num_calls + 2,
-        ),
-        batch_size=len(batches[0]),  # without it Ray Data would have the engines' processes read the files
-        batch_format="pyarrow",
-        num_cpus=0,
+def _add_batch(parser: argparse.ArgumentParser) -> None:
+    add_flag(parser, "model", required=True, help=MODEL_HELP)
+    add_flag(
+        parser,
+        "input",
+        required=True,
+        help="A .jsonl or .parquet file, a folder of such, or a quoted glob; the README says what is in them.",
     )
-    for block in answers.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-        yield block.to_pydict()
-
-
-class _Bar:
-    """How many rows are done, and before the first how far the engines are."""
-
-    def __init__(self, slots: Any, num_done: int, num_rows: int):
-        self._is_terminal = sys.stderr.isatty()
-        period_s = POLL_S if self._is_terminal else BAR_PERIOD_S
-        self._bar = tqdm(desc="starting", initial=num_done, total=num_rows, unit="row", mininterval=period_s)
-        self._slots = slots
-        self._begun = threading.Event()
-        self._start = time.monotonic()
-        self._num_tokens = 0
-        self._follower = threading.Thread(target=self._follow_start, daemon=True)
-
-    def __enter__(self) -> _Bar:
-        self._follower.start()
-        return self
-
-    def _follow_start(self) -> None:
-        known = Progress("")
-        while not self._begun.wait(POLL_S):
-            progress = ray.get(self._slots.progress.remote()) or known
-            if progress == known:
-                continue
-            self._start = time.monotonic()  # of the answers, when no more is told
-            is_shown = self._is_terminal or progress.stage != known.stage
-            known, stage = progress, progress.stage
-            if is_shown:
-                self._bar.set_description_str(f"{stage} {progress.done}/{progress.total}" if progress.total else stage)
-
-    def _begin(self) -> None:
-        self._begun.set()
-        self._follower.join()
-
-    def update(self, num_rows: int, num_tokens: int, num_failed: int) -> None:
-        if not self._begun.is_set():
-            self._begin()
-            self._bar.set_description_str("answering", refresh=False)
-        self._num_tokens += num_tokens
-        rate = self._num_tokens / max(time.monotonic() - self._start, POLL_S)
-        self._bar.set_postfix_str(f"{num_failed} failed, {rate:.0f} tokens/s", refresh=False)
-        self._bar.update(num_rows)
-
-    def __exit__(self, *exception: object) -> None:
-        self._begin()
-        self._bar.close()
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="python -m deployments.batch_jobs.command",
-        description="Answers all rows of files; started again, those that have no answer yet.",
-        formatter_class=HelpFormatter,
+    add_flag(parser, "output", required=True, help="The folder of the answers.")
+    add_flag(
+        parser,
+        "address",
+        help=ADDRESS_HELP,
     )
-    parser.add_argument("--model", required=True, help="a model folder, a .gguf file, a Hub id or a URL")
-    parser.add_argument(
-        "--input", required=True, help="a .jsonl or .parquet file, a folder of such, or a quoted glob; see the README"
-    )
-    parser.add_argument("--output", required=True, help="folder of the answers")
-    parser.add_argument("--address", help="of a running Ray cluster; default: that of the job, or start Ray here")
     add_arguments(parser.add_argument_group("engines"), BatchConfig)
-    return parser
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def _batch(options: argparse.Namespace) -> None:
+    from deployments.batch_jobs.job import run
+
+    run(from_arguments(options, BatchConfig), options.input, options.output, options.address)
+
+
+BATCH = Command("batch", "Answers all rows of files; started again, those that have no answer yet.", _add_batch, _batch)

@@ -21,7 +21,7 @@ from rayllm.checkpoint.sources import ModelSource
 from rayllm.config import EngineConfig
 from rayllm.engine.engine import MAX_RESTARTS, Engine
 from rayllm.engine.launcher import Launcher
-from rayllm.errors import EngineDeadError
+from rayllm.errors import EngineDeadError, UsageError
 from rayllm.frontend.client import Client
 from rayllm.frontend.tokenizer import load_tokenizer
 from rayllm.progress import Progress
@@ -36,12 +36,16 @@ NAMES = ("custom_id", "id")
 
 
 class Response(msgspec.Struct):
+    """What the service would have answered over HTTP."""
+
     status_code: int
     request_id: str
     body: Any
 
 
 class Error(msgspec.Struct):
+    """What is wrong with a row."""
+
     code: str | None
     message: str
 
@@ -95,9 +99,10 @@ class Slots:
     def __init__(self, groups: list[PlacementGroup]):
         self._groups = groups
         self._owners: dict[str, int] = {}
-        """The number of its group, by process."""
+        """The number of each process' group."""
         self._num_starts: Counter[str] = Counter()
         self._progress: Progress | None = None
+        self._failure: UsageError | EngineDeadError | None = None
 
     def claim(self, owner: str, node_id: str) -> PlacementGroup:
         """The group that was its own before its process died, or else a free one, on its node if there is one.
@@ -106,42 +111,69 @@ class Slots:
         """
         self._num_starts[owner] += 1
         if self._num_starts[owner] > MAX_RESTARTS + 1:
-            raise EngineDeadError(f"an engine's process died {self._num_starts[owner] - 1} times: its log says why")
+            error = EngineDeadError(f"an engine's process died {self._num_starts[owner] - 1} times: its log says why")
+            self.fail(error)
+            raise error
         if owner not in self._owners:
             free = set(range(len(self._groups))) - set(self._owners.values())
             self._owners[owner] = min(free, key=lambda number: (_node_of(self._groups[number]) != node_id, number))
         return self._groups[self._owners[owner]]
 
     def report(self, progress: Progress) -> None:
+        """Takes note of how far the start of an engine is."""
         self._progress = progress
 
     def progress(self) -> Progress | None:
+        """What was reported last."""
         return self._progress
+
+    def fail(self, error: UsageError | EngineDeadError) -> None:
+        """Takes note of what an engine's process dies of: from Ray Data comes a text, an actor's traceback."""
+        self._failure = error
+
+    def failure(self) -> UsageError | EngineDeadError | None:
+        """The error that was told last."""
+        return self._failure
 
 
 def _node_of(group: PlacementGroup) -> str:
-    """Where the driver will be."""
+    """The node where the group's driver will be."""
     node_id: str = placement_group_table(group)["bundles_to_node_id"][0]
     return node_id
 
 
-class BatchEngine:
+class JobEngine:
     """A callable for `Dataset.map_batches`: the process of one engine, whose resources an actor `Slots` assigns."""
 
     def __init__(self, args: BatchConfig, config: EngineConfig, source: ModelSource, slots: Any):
+        self._slots = slots
         context = ray.get_runtime_context()
         group = ray.get(slots.claim.remote(context.get_actor_id(), context.get_node_id()))
-        engine = Engine(Launcher(config, source, group), progress=False, report=slots.report.remote)
+        try:
+            self._start(args, config, source, group)
+        except (UsageError, EngineDeadError) as error:
+            ray.get(slots.fail.remote(error))
+            raise
+
+    def _start(self, args: BatchConfig, config: EngineConfig, source: ModelSource, group: PlacementGroup) -> None:
+        engine = Engine(Launcher(config, source, group), progress=False, report=self._slots.report.remote)
         tokenizer = load_tokenizer(args, source.on_this_node(weights=False))
         assert tokenizer is not None
         client = Client(engine, config, source.config, tokenizer, engine.host)
         self._model = args.name
         self._service = Service([Model(args.name, client, tokenizer, engine, int(time.time()))], ServiceMetrics())
 
-    async def __call__(self, batch: pyarrow.Table) -> dict[str, list[Any]]:
-        """`key` and `row` (JSON) become `key`, `line` (the answer's JSON), `failed` and `tokens` (of the output)."""
-        keys = batch["key"].to_pylist()
-        answers = await asyncio.gather(*map(self._answer, keys, batch["row"].to_pylist()))
+    async def __call__(self, rows: pyarrow.Table) -> dict[str, list[Any]]:
+        """`key` and `row` (JSON) become `key`, `line` (the answer's JSON), `failed` and `tokens` (of the output).
+
+        Raises `EngineDeadError` when no engine is left.
+        """
+        keys = rows["key"].to_pylist()
+        try:
+            answers = await asyncio.gather(*map(self._answer, keys, rows["row"].to_pylist()))
+        except EngineDeadError as error:
+            await self._slots.fail.remote(error)
+            raise
         return {
             "key": keys,
             "line": [msgspec.json.encode(answer) for answer in answers],
@@ -152,16 +184,17 @@ class BatchEngine:
     async def _answer(self, key: str, row: bytes) -> Answer:
         """Raises `EngineDeadError` when no engine is left; everything else is an answer."""
         request_id = uuid.uuid4().hex
+        error: Error | None = None
         try:
             url, request = request_of(row, self._model)
             endpoint = self._service.chat if url == CHAT else self._service.complete
-            body, status, error = await endpoint(request_id, request), 200, None  # type: ignore[arg-type]
+            response = Response(200, request_id, await endpoint(request_id, request))  # type: ignore[arg-type]
         except EngineDeadError:
             raise
         except Exception as raised:
             found = error_of(raised)
-            body, status, error = ErrorBody(found.detail), found.status, _error(found.detail)
-        return Answer(f"batch_req_{request_id}", key, Response(status, request_id, body), error)
+            response, error = Response(found.status, request_id, ErrorBody(found.detail)), _error(found.detail)
+        return Answer(f"batch_req_{request_id}", key, response, error)
 
 
 def _error(detail: ErrorDetail) -> Error:

@@ -20,19 +20,23 @@ SPOOL_ROWS = 1024
 
 
 class Row(NamedTuple):
+    """Where a request stands."""
+
     key: str
     """Its `custom_id` or `id`; without one the file's name and the row's number, as in "in.jsonl:17"."""
     path: str
-    """Of the JSON Lines file that has it."""
+    """The JSON Lines file that has it."""
     offset: int
     """Where its line begins there, in bytes."""
 
 
 @dataclass(frozen=True)
-class BatchInput:
+class JobInput:
+    """All rows of a job's files."""
+
     rows: list[Row]
     hashes: dict[str, str]
-    """Of each file's content, by name."""
+    """Hash of each file's content, by name."""
 
 
 class _Head(msgspec.Struct):
@@ -48,12 +52,14 @@ def find_files(pattern: str) -> dict[str, Path]:
     else:
         found = [path] if path.is_file() else [Path(file) for file in glob.glob(str(path)) if os.path.isfile(file)]
     if not found:
-        raise UsageError(f"no input at {pattern!r}: give a .jsonl or .parquet file, a folder of such files, or a glob")
+        raise UsageError(
+            f"no input at {pattern!r}: give a .jsonl or .parquet file, a folder of such files, or a glob", "input"
+        )
     parent = os.path.commonpath([file.absolute().parent for file in found])
     return {str(file.absolute().relative_to(parent)): file.absolute() for file in sorted(found)}
 
 
-def read_input(files: dict[str, Path], spool: Path) -> BatchInput:
+def read_input(files: dict[str, Path], spool: Path) -> JobInput:
     """Finds all rows; those of Parquet files are copied to JSON Lines files in the folder `spool`.
 
     Raises `UsageError` for files that cannot be read, and for two rows of one name. What else is wrong with a row is
@@ -62,9 +68,9 @@ def read_input(files: dict[str, Path], spool: Path) -> BatchInput:
     rows: list[Row] = []
     hashes = {}
     numbers: dict[str, int] = {}
-    """Of rows, by key."""
+    """Number of each row, by key."""
     starts: dict[str, int] = {}
-    """Of files: the number of their first row."""
+    """Number of each file's first row, by name."""
     size = sum(file.stat().st_size for file in files.values())
     with tqdm(desc="reading input", total=size, unit="B", unit_scale=True, delay=2, leave=False) as bar:
         for name, file in files.items():
@@ -75,10 +81,12 @@ def read_input(files: dict[str, Path], spool: Path) -> BatchInput:
                 if (first := numbers.setdefault(row.key, len(rows))) != len(rows):
                     other = [known for known, start in starts.items() if start <= first][-1]
                     places = f"{other} and {name}" if other != name else name
-                    raise UsageError(f"custom_id must differ between rows, but {row.key!r} stands twice: see {places}")
+                    raise UsageError(
+                        f"custom_id must differ between rows, but {row.key!r} stands twice: see {places}", "custom_id"
+                    )
                 rows.append(row)
             bar.update(file.stat().st_size)
-    return BatchInput(rows, hashes)
+    return JobInput(rows, hashes)
 
 
 def _hash(file: Path) -> str:
@@ -117,7 +125,7 @@ def _spooled(file: Path, path: Path) -> Path:
             for batch in parquet.iter_batches(SPOOL_ROWS):
                 stream.write(msgspec.json.Encoder().encode_lines([_without_nulls(row) for row in batch.to_pylist()]))
     except (pyarrow.ArrowException, OSError) as error:
-        raise UsageError(f"{file} is not readable Parquet: {' '.join(str(error).split())}") from None
+        raise UsageError(f"{file} is not readable Parquet: {' '.join(str(error).split())}", "input") from None
     return path
 
 

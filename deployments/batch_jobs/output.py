@@ -13,8 +13,10 @@ import msgspec
 from rayllm.errors import UsageError
 
 PERIOD_S = 1.0
+"""Shortest time between two parts."""
 PERIOD_SHARE = 0.01
-"""Of the time since the start: a job of any length has some hundred parts, and loses 1 % when it is killed."""
+"""The same as a share of the time since the start: a job of any length has some hundred parts, and loses 1 % when it
+is killed."""
 
 
 class Job(msgspec.Struct):
@@ -22,7 +24,7 @@ class Job(msgspec.Struct):
 
     model: str
     input: dict[str, str]
-    """Hashes by file name."""
+    """Hashes of the files, by name."""
 
 
 class _Answer(msgspec.Struct):
@@ -30,7 +32,7 @@ class _Answer(msgspec.Struct):
     error: Any = None
 
 
-class BatchOutput:
+class JobOutput:
     """The folder while a job writes to it; a context manager, whose end writes what is left.
 
     Raises `UsageError` for a folder that is another job's, or in use.
@@ -41,31 +43,33 @@ class BatchOutput:
         self.done: set[str] = set()
         """The `custom_id`s that are answered."""
         self.num_failed = 0
-        """Of those that are done."""
+        """How many of those have an error for an answer."""
         self._lines: list[bytes] = []
         self._num_parts = 0
         self._lock: IO[str] | None = None
 
-    def __enter__(self) -> BatchOutput:
+    def __enter__(self) -> JobOutput:
         foreign = self.folder.exists() and (
             not self.folder.is_dir() or (any(self.folder.iterdir()) and not (self.folder / "lock").exists())
         )
         if foreign:
-            raise UsageError(f"{self.folder} is no output of a batch job: name an empty or a new folder")
+            raise UsageError(f"{self.folder} is no output of a batch job: name an empty or a new folder", "output")
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = (self.folder / "lock").open("w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self._lock.close()
-            raise UsageError(f"another batch job is writing to {self.folder}: wait for its end, or stop it") from None
+            raise UsageError(
+                f"another batch job is writing to {self.folder}: wait for its end, or stop it", "output"
+            ) from None
         self.spool.mkdir(exist_ok=True)
         self._start = self._written = time.monotonic()
         return self
 
     @property
     def spool(self) -> Path:
-        """For files that last as long as the job."""
+        """A folder for files that last as long as the job."""
         return self.folder / "tmp"
 
     def begin(self, job: Job) -> None:
@@ -76,9 +80,11 @@ class BatchOutput:
             return
         known = msgspec.json.decode(file.read_bytes(), type=Job)
         if known.input != job.input:
-            raise UsageError(f"{self.folder} belongs to other input ({', '.join(known.input)}): name another folder")
+            raise UsageError(
+                f"{self.folder} belongs to other input ({', '.join(known.input)}): name another folder", "output"
+            )
         if known.model != job.model:
-            raise UsageError(f"{self.folder} has answers of the model {known.model}: name another folder")
+            raise UsageError(f"{self.folder} has answers of the model {known.model}: name another folder", "output")
         decoder = msgspec.json.Decoder(_Answer)
         for part in sorted(self.folder.glob("part-*.jsonl")):
             self._num_parts = int(part.stem.removeprefix("part-")) + 1
@@ -105,7 +111,7 @@ class BatchOutput:
         self._written = time.monotonic()
 
     def _write(self, file: Path, content: bytes) -> None:
-        """All or nothing, whatever happens meanwhile."""
+        """Writes all or nothing, whatever happens meanwhile."""
         temporary = self.spool / file.name
         with temporary.open("wb") as stream:
             stream.write(content)

@@ -12,11 +12,14 @@ from deployments.batch_jobs.input import Row, read_lines
 
 
 class RowSource(Datasource):
-    """Each batch of rows is a block of two columns, `key` and `row`, read where the files are."""
+    """Each portion of rows is a block of Ray Data's with two columns, `key` and `row`, read where the files are.
 
-    def __init__(self, batches: list[list[Row]]):
+    The methods are those that Ray Data asks of a `Datasource`.
+    """
+
+    def __init__(self, portions: list[list[Row]]):
         super().__init__()
-        self._batches = batches
+        self._portions = portions
 
     def get_name(self) -> str:
         return "Rows"
@@ -26,9 +29,9 @@ class RowSource(Datasource):
 
     def get_read_tasks(self, parallelism: int, *_: object, **__: object) -> list[ReadTask]:
         return [
-            ReadTask(functools.partial(_read, batch), BlockMetadata(len(batch), None, None)) for batch in self._batches
+            ReadTask(functools.partial(_read, rows), BlockMetadata(len(rows), None, None)) for rows in self._portions
         ]
 
 
-def _read(batch: list[Row]) -> list[pyarrow.Table]:
-    return [pyarrow.table({"key": [row.key for row in batch], "row": read_lines(batch)})]
+def _read(rows: list[Row]) -> list[pyarrow.Table]:
+    return [pyarrow.table({"key": [row.key for row in rows], "row": read_lines(rows)})]

@@ -21,18 +21,17 @@ from rayllm.messages.base import pack_ids
 from rayllm.messages.sequences import NewSequence, Updates
 from rayllm.messages.transport import Address, Receiver
 from rayllm.model_config import ModelConfig
-from rayllm.sampling_params import SamplingParams
+from rayllm.sampling_params import SamplingParams, SnapkvLimit
 
 Prompt = str | Sequence[int] | Sequence[dict[str, Any]]
 """Text, token ids, or chat messages."""
 
-
 READERS_AT_ONCE = 16
-"""Of new tokens."""
+"""Readers that are told of new tokens before the event loop does something else."""
 TURNS = 4
-"""Of the event loop, in which what follows from new tokens is done."""
+"""Turns of the event loop in which what follows from new tokens is done."""
 MAX_DEATHS = 6
-"""Of engines in a row, on a choice that gets no token meanwhile: it may be what they die of."""
+"""A choice on which so many engines die in a row, without a new token, is given up: it may be what they die of."""
 
 
 class Link(Protocol):
@@ -57,11 +56,11 @@ class Stream:
     """Set when there is something new of this choice, or of another of the same request."""
     sequence_id: int
     call: asyncio.Future[None]
-    """Of `Link.answer`."""
+    """The call of `Link.answer` that lasts until the sequence has ended."""
     num_tokens: int
-    """Of the choice, when this began."""
+    """Output tokens that the choice had when this sequence began."""
     num_deaths: int
-    """Before this, without a new token."""
+    """Engines that died on the choice since its last new token."""
 
 
 class Client:
@@ -89,12 +88,13 @@ class Client:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._next_sequence_id = 0
         self._streams: dict[int, Stream] = {}
-        """Those that are being answered, by sequence_id."""
+        """What is being answered, by `sequence_id`."""
         self._news: dict[int, Stream] = {}
-        """Those whose readers are to be told of new tokens, the longest waiting first."""
+        """Those whose readers are to be told of new tokens, the longest waiting first, by `sequence_id`."""
         self._has_news = asyncio.Event()
 
     def close(self) -> None:
+        """Hears of no more tokens; answers that are not finished stay without an end."""
         if self._loop is not None and not self._loop.is_closed():
             for fileno in self._inbox.filenos():
                 self._loop.remove_reader(fileno)
@@ -109,34 +109,36 @@ class Client:
         self.check(token_ids, params)
         return token_ids
 
-    def check(self, token_ids: Sequence[int], params: SamplingParams) -> None:
-        """Raises `UsageError` if this engine cannot serve the prompt with `params`."""
+    def check(self, token_ids: Sequence[int], params: SamplingParams, field: str = "prompt") -> None:
+        """Raises `UsageError` if this engine cannot serve the prompt, which came as `field`, with `params`."""
         if not token_ids:
-            raise UsageError("the prompt is empty: give at least one token")
+            raise UsageError("the prompt is empty: give at least one token", field)
         if len(token_ids) >= self.max_model_len:
             raise UsageError(
                 f"the prompt has {len(token_ids)} tokens, at most {self.max_model_len - 1} leave room for an "
-                f"answer in the context of {self.max_model_len}"
+                f"answer in the context of {self.max_model_len}",
+                field,
             )
         ids = np.asarray(token_ids)
         if not 0 <= ids.min() <= ids.max() < self.vocab_size:
-            raise UsageError(f"token ids must be 0 to {self.vocab_size - 1}, the model's vocabulary")
-        if any(
-            not 0 <= token_id < self.vocab_size for token_id in (*(params.logit_bias or ()), *params.stop_token_ids)
-        ):
-            raise UsageError(f"token ids in logit_bias and stop_token_ids must be 0 to {self.vocab_size - 1}")
-        if params.snapkv_limit is None or params.snapkv_limit:
+            raise UsageError(f"token ids must be 0 to {self.vocab_size - 1}, the model's vocabulary", field)
+        for name, named in (("logit_bias", params.logit_bias or ()), ("stop_token_ids", params.stop_token_ids)):
+            if not all(0 <= token_id < self.vocab_size for token_id in named):
+                raise UsageError(f"token ids in {name} must be 0 to {self.vocab_size - 1}", name)
+        if params.snapkv_limit is not None:
             self._check_snapkv_limit(params.snapkv_limit)
         if params.stop_strings and self.tokenizer is None:
-            raise UsageError("stop strings need the tokenizer, which skip_tokenizer_init left out")
+            raise UsageError("stop strings need the tokenizer, which skip_tokenizer_init left out", "stop")
 
-    def _check_snapkv_limit(self, limit: int | None) -> None:
-        config = self._config
+    def _check_snapkv_limit(self, limit: SnapkvLimit) -> None:
+        config, name = self._config, "snapkv_limit"
         if not config.enable_snapkv:
-            raise UsageError("snapkv_limit must be left out: this engine runs without enable_snapkv and prunes nothing")
+            raise UsageError(
+                "snapkv_limit must be left out: this engine runs without enable_snapkv and prunes nothing", name
+            )
         least = config.min_snapkv_limit
-        if limit is not None and not least <= limit <= config.snapkv_limit:
-            raise UsageError(f"snapkv_limit must be {least} to {config.snapkv_limit}, or None, not {limit}")
+        if limit != "all" and not least <= limit <= config.snapkv_limit:
+            raise UsageError(f"{name} must be {least} to {config.snapkv_limit}, 'all' or None, not {limit}", name)
 
     def _tokenize(self, prompt: Prompt) -> array[int]:
         is_chat = not isinstance(prompt, str) and len(prompt) > 0 and all(isinstance(item, dict) for item in prompt)
@@ -144,9 +146,11 @@ class Client:
             try:
                 return array("i", cast(Sequence[int], prompt))
             except (TypeError, OverflowError):
-                raise UsageError("a prompt must be a string, a list of token ids or a list of chat messages") from None
+                raise UsageError(
+                    "a prompt must be a string, a list of token ids or a list of chat messages", "prompt"
+                ) from None
         if self.tokenizer is None:
-            raise UsageError("only token ids can be prompts when skip_tokenizer_init is set")
+            raise UsageError("only token ids can be prompts when skip_tokenizer_init is set", "prompt")
         if isinstance(prompt, str):
             return array("i", self.tokenizer.encode(prompt))
         return array("i", self.tokenizer.apply_chat_template(list(prompt)))  # type: ignore[arg-type]

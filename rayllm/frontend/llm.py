@@ -15,7 +15,7 @@ from rayllm.errors import EngineDeadError, UsageError
 from rayllm.frontend.async_llm import AsyncLLM
 from rayllm.frontend.bridge import Bridge
 from rayllm.frontend.client import Prompt
-from rayllm.frontend.output import Increment
+from rayllm.frontend.output import Increment, joined
 from rayllm.messages.step import Logprobs
 from rayllm.sampling_params import SamplingParams
 
@@ -96,23 +96,17 @@ class LLM:
         return [task.result() for task in tasks]
 
     async def _generate(self, prompt: Sequence[int], params: SamplingParams, rates: _Rates) -> dict[str, Any]:
-        choices: list[dict[str, Any]] = [{"text": "", "token_ids": []} for _ in range(params.n)]
-        async for increment in self.async_llm.client.answer([prompt], params):
-            choice = choices[increment.index]
-            if not choice["token_ids"]:
-                choice["num_cached_tokens"] = increment.num_cached_tokens
-                choice["num_pruned_tokens"] = increment.num_pruned_tokens
-                if increment.index == 0:
-                    rates.prefilled(increment.num_prompt_tokens - increment.num_cached_tokens)
-                if params.prompt_logprobs is not None:
-                    choice["prompt_logprobs"] = [None, *map(_as_dict, increment.prompt_logprobs)]
+        is_prefilled = False
+
+        def count(increment: Increment) -> None:
+            nonlocal is_prefilled
+            if increment.index == 0 and not is_prefilled:
+                is_prefilled = True
+                rates.prefilled(increment.num_prompt_tokens - increment.num_cached_tokens)
             rates.decoded(len(increment.token_ids))
-            choice["text"] += increment.text
-            choice["token_ids"] += increment.token_ids
-            if params.logprobs is not None:
-                choice.setdefault("logprobs", []).extend(map(_as_dict, increment.logprobs))
-            if increment.finish_reason:
-                choice |= {"finish_reason": increment.finish_reason, "stop_reason": increment.stop_reason}
+
+        increments = self.async_llm.client.answer([prompt], params)
+        choices = [_result(choice, params) for choice in await joined(increments, count)]
         rates.finished()
         return choices[0] | ({"choices": choices} if params.n > 1 else {})
 
@@ -122,6 +116,22 @@ def _as_list(prompts: Any) -> list[Prompt]:
     if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int | dict)):
         return [prompts]
     return list(prompts)
+
+
+def _result(choice: Increment, params: SamplingParams) -> dict[str, Any]:
+    result = {
+        "text": choice.text,
+        "token_ids": choice.token_ids,
+        "num_cached_tokens": choice.num_cached_tokens,
+        "num_pruned_tokens": choice.num_pruned_tokens,
+        "finish_reason": choice.finish_reason,
+        "stop_reason": choice.stop_reason,
+    }
+    if params.logprobs is not None:
+        result["logprobs"] = list(map(_as_dict, choice.logprobs))
+    if params.prompt_logprobs is not None:
+        result["prompt_logprobs"] = [None, *map(_as_dict, choice.prompt_logprobs)]
+    return result
 
 
 def _as_dict(entry: Logprobs) -> dict[int, float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterable, Callable, Sequence
 from dataclasses import dataclass, field
 
 from rayllm.frontend.tokenizer import Detokenizer, Tokenizer
@@ -11,12 +11,12 @@ from rayllm.messages.step import Logprobs
 from rayllm.sampling_params import SamplingParams
 
 
-@dataclass(frozen=True)
+@dataclass
 class Increment:
     """What is new of one choice."""
 
     index: int
-    """Of the choice, 0 ≤ index < n."""
+    """Number of the choice: those of the first prompt come first, `n` of each."""
     text: str
     """Whole characters only; empty without a tokenizer."""
     token_ids: list[int]
@@ -35,6 +35,28 @@ class Increment:
     """One for each of `token_ids`, if asked for."""
     prompt_logprobs: list[Logprobs] = field(default_factory=list)
     """In the first increment: one for each prompt token but the first."""
+
+    def extend(self, later: Increment) -> None:
+        """Makes this one increment of itself and of what came after it of the same choice."""
+        self.text += later.text
+        self.token_ids += later.token_ids
+        self.logprobs += later.logprobs
+        self.finish_reason, self.stop_reason = later.finish_reason, later.stop_reason
+
+
+async def joined(
+    increments: AsyncIterable[Increment], each: Callable[[Increment], None] | None = None
+) -> list[Increment]:
+    """All increments of each choice as one, in the order of the choices; `each` is told of every increment."""
+    choices: dict[int, Increment] = {}
+    async for increment in increments:
+        if each is not None:
+            each(increment)
+        if increment.index in choices:
+            choices[increment.index].extend(increment)
+        else:
+            choices[increment.index] = increment
+    return [choices[index] for index in sorted(choices)]
 
 
 class Choice:
@@ -56,7 +78,7 @@ class Choice:
         self.params = params
         self.seed = seed
         self.token_ids: list[int] = []
-        """Of the output so far: with the prompt, all that another engine needs to go on."""
+        """The output so far: with the prompt, all that another engine needs to go on."""
         self._index = index
         self._stops = params.stop_strings
         self._detokenizer = Detokenizer(tokenizer, params.skip_special_tokens) if tokenizer else None
@@ -71,6 +93,7 @@ class Choice:
         return bool(self._updates)
 
     def add(self, update: SequenceUpdate) -> None:
+        """Takes in what the engine sent; `take` hands it out."""
         self._updates.append(update)
         self.token_ids += update.token_ids
 

@@ -55,9 +55,11 @@ class Tokenizer:
             tokenizer = AutoTokenizer.from_pretrained(path)
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise UsageError(f"no tokenizer at {str(path)!r} ({reason}): give a folder with tokenizer.json") from error
+            raise UsageError(
+                f"no tokenizer at {str(path)!r} ({reason}): give a folder with tokenizer.json", "tokenizer"
+            ) from error
         if not tokenizer.is_fast:
-            raise UsageError(f"the tokenizer at {str(path)!r} has no tokenizer.json, which rayllm needs")
+            raise UsageError(f"the tokenizer at {str(path)!r} has no tokenizer.json, which rayllm needs", "tokenizer")
         return cls(tokenizer)
 
     @property
@@ -67,14 +69,16 @@ class Tokenizer:
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
+        """The tokens that end a sequence, as far as the tokenizer knows them."""
         eos = self._hf.eos_token_id
         return () if eos is None else (eos,)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """The text's token ids; `add_special_tokens`: with those that begin (and end) a text, if the model has them."""
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Ids that are no tokens are left out."""
+        """The text of these ids; ids that are no tokens are left out."""
         return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def token_bytes(self, token_id: int) -> bytes:
@@ -89,7 +93,7 @@ class Tokenizer:
         return token.replace("\u2581", " ").encode()  # SentencePiece's blank
 
     def token_text(self, token_id: int) -> str:
-        """The same as text, U+FFFD for what is no whole character."""
+        """What one token stands for as text, with U+FFFD for what is no whole character."""
         return self.token_bytes(token_id).decode(errors="replace")
 
     def apply_chat_template(self, messages: list[dict[str, Any]], **kwargs: Any) -> list[int]:
@@ -100,12 +104,14 @@ class Tokenizer:
         from jinja2 import TemplateError
 
         if not (self._hf.chat_template or kwargs.get("chat_template")):
-            raise UsageError("this model has no chat template: use the completions API, or pass chat_template")
+            raise UsageError(
+                "this model has no chat template: use the completions API, or pass chat_template", "messages"
+            )
         kwargs = {"add_generation_prompt": not kwargs.get("continue_final_message")} | kwargs
         try:
             text = self._hf.apply_chat_template(messages, tokenize=False, **kwargs)
         except (TemplateError, ValueError, TypeError, KeyError) as error:
-            raise UsageError(f"the chat template refuses these messages: {error}") from error
+            raise UsageError(f"the chat template refuses these messages: {error}", "messages") from error
         return self.encode(text, add_special_tokens=False)  # the template writes them itself
 
 
@@ -114,7 +120,9 @@ def load_tokenizer(args: EngineArgs, source: ModelSource) -> Tokenizer | None:
     if args.skip_tokenizer_init:
         return None
     if (path := args.tokenizer or source.tokenizer_path) is None:
-        raise UsageError(f"{source.path} has no tokenizer: name one with tokenizer, or set skip_tokenizer_init")
+        raise UsageError(
+            f"{source.path} has no tokenizer: name one with tokenizer, or set skip_tokenizer_init", "tokenizer"
+        )
     return Tokenizer.from_source(path)
 
 

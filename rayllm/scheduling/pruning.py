@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rayllm.config import EngineConfig
+from rayllm.sampling_params import SnapkvLimit
 
 MAX_PRUNES = 16
 """Prompts that one step prunes, at most: there is room for so many windows' queries of all layers."""
@@ -25,14 +26,14 @@ class PruningPolicy:
     pool_width: int
     """Scores are max-pooled over so many neighbouring keys."""
 
-    def num_kept(self, num_prompt_tokens: int, limit: int | None) -> int:
+    def num_kept(self, num_prompt_tokens: int, limit: SnapkvLimit | None) -> int:
         """How many of a prompt's tokens are kept, with the request's `snapkv_limit`; 0: the prompt is not pruned.
 
         That is the limit, unless less than one block would be saved.
         """
-        if limit is None:
+        if limit == "all":
             return 0
-        kept = min(limit or self.limit, self.limit)
+        kept = self.limit if limit is None else min(limit, self.limit)
         saved = -(-num_prompt_tokens // self.block_size) - -(-kept // self.block_size)
         return kept if saved > 0 else 0
 

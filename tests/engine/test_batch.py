@@ -18,8 +18,8 @@ import psutil
 import pytest
 from engine_testing import eventually
 
-from deployments.batch_jobs.command import main
 from deployments.batch_jobs.engine import MAX_RESTARTS, Slots
+from rayllm.__main__ import main
 from rayllm.engine import placement
 from rayllm.errors import EngineDeadError
 
@@ -138,23 +138,14 @@ def test_a_job_that_is_killed_and_continued(
     """First with the rayllm of the nodes, then with one that comes with the job."""
     write_rows(tmp_path / "in.jsonl")
     out = tmp_path / "out"
-    command = [
-        "python",
-        "-m",
-        "deployments.batch_jobs.command",
-        "--model",
-        str(tiny_text_model),
-        "--tokenizer",
-        str(smollm2),
-        *ENGINE,
-    ]
+    command = ["python", "-m", "rayllm", "batch", "--model", str(tiny_text_model), "--tokenizer", str(smollm2), *ENGINE]
     command += ["--input", str(tmp_path / "in.jsonl"), "--output", str(out)]
 
     submitted = head.job("submit", "--no-wait", "--", *command)
     assert submitted.returncode == 0, submitted.stdout + submitted.stderr
     eventually(lambda: any(out.glob("part-*")), 90, "answers")
     assert head.processes(ENGINE_PROCESSES)
-    [driver] = head.processes(r"^\S*python\S* -m rayllm\.batch")
+    [driver] = head.processes(r"^\S*python\S* -m rayllm batch")
     driver.kill()
     eventually(lambda: not head.processes(ENGINE_PROCESSES), seconds=20, what="the end of the engine's processes")
     first = lines(out)
@@ -196,7 +187,7 @@ def test_a_job_that_is_killed_and_continued(
 def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     """The one line on stderr with which the command fails, exit code 2."""
     try:
-        code = main(list(arguments))
+        code = main(["batch", *arguments])
     except SystemExit as end:
         code = end.code
     err = capsys.readouterr().err.rpartition("\r")[2]
@@ -220,12 +211,28 @@ def test_refusals(capsys: pytest.CaptureFixture[str], tiny_text_model: Path, smo
     assert "is no output of a batch job" in error_of(capsys, *common, *model, "--output", str(tmp_path))
 
 
+def test_an_engine_that_cannot_start(
+    engine_pool,
+    ray_cluster: str,
+    capsys: pytest.CaptureFixture[str],
+    tiny_text_model: Path,
+    smollm2: Path,
+    tmp_path: Path,
+):
+    """What its process dies of is told in one line, not as Ray Data's traceback."""
+    engine_pool.make_room(1)
+    (tmp_path / "in.jsonl").write_text('{"prompt": "a"}\n')
+    files = ["--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out"), "--address", ray_cluster]
+    model = ["--model", str(tiny_text_model), "--tokenizer", str(smollm2), "--device", "cpu"]
+    assert main(["batch", *files, *model, "--num-gpu-blocks-override", "3"]) == 2
+    shown = capsys.readouterr().err
+    assert shown.splitlines()[-1].startswith("Error: not enough memory for one sequence: ")
+    assert "Traceback" not in shown
+
+
 def test_ray_data_is_missing():
-    code = (
-        "import sys; sys.modules['pyarrow'] = None; "
-        "from deployments.batch_jobs.command import main; sys.exit(main(sys.argv[1:]))"
-    )
-    command = [sys.executable, "-c", code, "--model", "m", "--input", "i", "--output", "o"]
+    code = "import sys; sys.modules['pyarrow'] = None; from rayllm.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "batch", "--model", "m", "--input", "i", "--output", "o"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (2, "Error: batch jobs need Ray Data: pip install 'rayllm[batch]'\n")
 

@@ -1,4 +1,4 @@
-"""`rayllm generate` and `rayllm chat`, as a user runs them."""
+"""The commands, and `rayllm generate` and `rayllm chat` as a user runs them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import subprocess
 import sys
 import termios
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,8 @@ def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["generate", "m", "--prompt", "a", "--tensor-paralel-size", "2"], "--tensor-paralel-size"),
         (["generate", "m", "--prompt", "a", "--skip-tokenizer-init"], "skip_tokenizer_init"),
         (["generate"], "required: model"),
+        (["serve"], "required: model"),
+        (["batch", "--model", "m"], "required: --input, --output"),
         ([], "required: COMMAND"),
         (["serf"], "'serf'"),
     ],
@@ -68,11 +71,29 @@ def test_too_many_shards(capsys: pytest.CaptureFixture[str], smollm2: Path):
 
 
 def test_help(capsys: pytest.CaptureFixture[str]):
-    for command in ([], ["generate"], ["chat"]):
+    for command in ([], ["generate"], ["chat"], ["serve"], ["batch"]):
         with pytest.raises(SystemExit) as end:
             main([*command, "--help"])
         assert end.value.code == 0
-        assert "usage: rayllm" in capsys.readouterr().out
+        shown = capsys.readouterr().out
+        assert "usage: " + " ".join(["rayllm", *command]) in shown
+        assert "None" not in shown
+
+
+@pytest.mark.parametrize("flag", ["--version", "--help"])
+def test_what_is_only_told_imports_little(flag: str):
+    """Neither torch nor Ray."""
+    code = f"""
+import sys
+from rayllm.__main__ import main
+try:
+    main(["{flag}"])
+finally:
+    print(*sorted({{"torch", "ray", "transformers"}} & sys.modules.keys()), file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stderr == "\n"
+    assert done.stdout.startswith(f"rayllm {version('rayllm')}\n" if flag == "--version" else "usage: rayllm [-h]")
 
 
 def test_generate(engine_pool, ray_cluster: str, smollm2: Path, reference, capsys, monkeypatch):

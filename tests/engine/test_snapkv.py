@@ -99,12 +99,12 @@ def test_a_real_model(engines, smollm2_folder: Path):
 def test_limits_of_requests(engines, tiny: PrunedReference, rng):
     llm: LLM = engines("llama", 1, **WHOLE)
     prompt = [rng.randrange(199) for _ in range(90)]
-    for limit, kept in ((0, 24), (None, 90), (16, 16), (24, 24)):
+    for limit, kept in ((None, 24), ("all", 90), (16, 16), (24, 24)):
         [result] = llm.generate([prompt], greedy(LENGTH, snapkv_limit=limit), use_tqdm=False)
         assert result["num_pruned_tokens"] == 90 - kept
         assert result["token_ids"] == tiny.generate(prompt, kept, LENGTH)
     for limit in (11, 25):
-        with pytest.raises(UsageError, match=f"snapkv_limit must be 12 to 24, or None, not {limit}"):
+        with pytest.raises(UsageError, match=f"snapkv_limit must be 12 to 24, 'all' or None, not {limit}"):
             llm.generate([prompt], greedy(1, snapkv_limit=limit), use_tqdm=False)
 
 

@@ -19,6 +19,7 @@ from ray import serve
 from deployments.config import ApiConfig, ServedModel
 from deployments.engine import engine_deployment
 from deployments.router import REFRESH_S
+from deployments.startup import forget, read_failure
 from rayllm.checkpoint.sources import resolve_model
 from rayllm.errors import UsageError
 from serve.serve_testing import Service
@@ -142,7 +143,13 @@ def test_shards_have_whole_devices(host: str, engine: dict[str, Any]):
         serve.run(app, name="half", route_prefix=None)
     [state] = serve.status().applications["half"].deployments.values()
     serve.delete("half")
-    assert "UsageError: placement_group_bundles must be [{'CPU': 1}], not [{'CPU': 0.5}]: shards have" in state.message
+    message = "placement_group_bundles must be [{'CPU': 1}], not [{'CPU': 0.5}]: shards have"
+    assert f"UsageError: {message}" in state.message
+    told = read_failure("half")
+    assert isinstance(told, UsageError)
+    assert str(told).startswith(message)
+    forget("half")
+    assert read_failure("half") is None
 
 
 def test_prefixes_keep_to_their_engine(tiny: Service, pair: Service, rng: random.Random):

@@ -20,6 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from ray import serve
 
 from deployments.openai_api import build_app
+from rayllm.errors import UsageError
 from serve.serve_testing import Service, eventually, free_port
 
 TINY: dict[str, Any] = {"model": "org/tiny", "prompt": [5, 6, 7], "max_tokens": 4, "ignore_eos": True}
@@ -118,8 +119,11 @@ def test_python_handles(tiny: Service):
     assert "".join(piece["text"] for piece in pieces) == answer["text"]
     both = handle.generate.remote(prompt, max_tokens=4, n=2, seed=1).result()
     assert [choice["index"] for choice in both["choices"]] == [0, 1]
-    with pytest.raises(Exception, match="temperature must be 0 to 100, not -1"):
+    with pytest.raises(UsageError, match="temperature must be 0 to 100, not -1"):
         handle.generate.remote(prompt, temperature=-1).result()
+    with pytest.raises(UsageError, match="model must be one of org/tiny, not 'tiny'") as refused:
+        handle.generate.remote(prompt, "tiny").result()
+    assert refused.value.cause.param == "model"  # type: ignore[attr-defined]
     tiny.assert_idle()
 
 
@@ -132,9 +136,10 @@ def test_snapkv(two: Service):
         pruned: int = answer["usage"]["prompt_tokens_details"]["pruned_tokens"]
         return pruned
 
-    assert [ask(), ask(snapkv_limit=None), ask(snapkv_limit=40), ask(snapkv_limit=0)] == [36, 0, 60, 36]
-    refused = two.http.post("/v1/completions", json=body | {"snapkv_limit": 65}, headers=headers)
-    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "snapkv_limit")
+    assert [ask(), ask(snapkv_limit="all"), ask(snapkv_limit=40), ask(snapkv_limit=None)] == [36, 0, 60, 36]
+    for limit in (65, 0, "none"):
+        refused = two.http.post("/v1/completions", json=body | {"snapkv_limit": limit}, headers=headers)
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "snapkv_limit")
     line = re.compile(r'rayllm_pruned_tokens_total\{engine="\w+",model="second"\} 132.0')
     eventually(lambda: bool(line.search(two.http.get("/metrics", headers=headers).text)), 5, "the engine's own numbers")
 

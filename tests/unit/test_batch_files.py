@@ -10,10 +10,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from deployments.batch_jobs import output as batch_output
+from deployments.batch_jobs import output as job_output
 from deployments.batch_jobs.engine import request_of
 from deployments.batch_jobs.input import find_files, read_input, read_lines
-from deployments.batch_jobs.output import BatchOutput, Job
+from deployments.batch_jobs.output import Job, JobOutput
 from deployments.http import ApiError, error_of
 from deployments.protocol import ChatRequest, CompletionRequest
 from rayllm.errors import UsageError
@@ -56,7 +56,7 @@ def test_parquet(tmp_path: Path):
     rows = [
         {"custom_id": "a", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3},
         {"custom_id": "b", "prompt": "Hi", "temperature": 0.5},
-        {"custom_id": None, "url": "/v1/completions", "body": '{"prompt": "Hi", "snapkv_limit": null}'},
+        {"custom_id": None, "url": "/v1/completions", "body": '{"prompt": "Hi", "snapkv_limit": "all"}'},
     ]
     names = {name for row in rows for name in row}
     table = pyarrow.table({name: [row.get(name) for row in rows] for name in names})
@@ -66,7 +66,7 @@ def test_parquet(tmp_path: Path):
     (_, chat), (_, plain), (_, body) = (request_of(line, "m") for line in read_lines(found.rows))
     assert isinstance(chat, ChatRequest) and (chat.max_tokens, chat.temperature) == (3, None)
     assert isinstance(plain, CompletionRequest) and (plain.prompt, plain.temperature) == ("Hi", 0.5)
-    assert isinstance(body, CompletionRequest) and body.snapkv_limit is None
+    assert isinstance(body, CompletionRequest) and body.snapkv_limit == "all"
 
     (tmp_path / "bad.parquet").write_bytes(b"PAR1")
     with pytest.raises(UsageError, match=r"bad\.parquet is not readable Parquet") as refusal:
@@ -124,20 +124,20 @@ def contents(folder: Path) -> list[str]:
 
 
 def test_output_is_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(batch_output, "PERIOD_S", 0)
-    monkeypatch.setattr(batch_output, "PERIOD_SHARE", 0)
+    monkeypatch.setattr(job_output, "PERIOD_S", 0)
+    monkeypatch.setattr(job_output, "PERIOD_SHARE", 0)
     folder = tmp_path / "new" / "out"
-    with BatchOutput(folder) as output:
+    with JobOutput(folder) as output:
         output.begin(JOB)
         output.add(["a", "b"], [line("a"), line("b", "bad")], num_failed=1)
         assert contents(folder) == ["a", "b"], "written at once"
-        with pytest.raises(UsageError, match="another batch job is writing"), BatchOutput(folder):
+        with pytest.raises(UsageError, match="another batch job is writing"), JobOutput(folder):
             pass
-        monkeypatch.setattr(batch_output, "PERIOD_S", 100)
+        monkeypatch.setattr(job_output, "PERIOD_S", 100)
         output.add(["c"], [line("c")], num_failed=0)
         assert contents(folder) == ["a", "b"], "it is not time yet"
         (output.spool / "part-000007.jsonl").write_bytes(b'{"custo')  # of a run that was killed while it wrote
-    with BatchOutput(folder) as output:
+    with JobOutput(folder) as output:
         output.begin(JOB)
         assert (output.done, output.num_failed) == ({"a", "b", "c"}, 1)
         output.add(["d"], [line("d")], num_failed=0)
@@ -153,15 +153,15 @@ def test_output_is_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     ],
 )
 def test_output_of_another_job(tmp_path: Path, other: Job, message: str):
-    with BatchOutput(tmp_path) as output:
+    with JobOutput(tmp_path) as output:
         output.begin(JOB)
-    with pytest.raises(UsageError, match=message), BatchOutput(tmp_path) as output:
+    with pytest.raises(UsageError, match=message), JobOutput(tmp_path) as output:
         output.begin(other)
 
 
 def test_a_folder_of_something_else(tmp_path: Path):
     file = write(tmp_path / "file", {})
     for folder in (tmp_path, file):
-        with pytest.raises(UsageError, match="no output of a batch job"), BatchOutput(folder):
+        with pytest.raises(UsageError, match="no output of a batch job"), JobOutput(folder):
             pass
     assert list(tmp_path.iterdir()) == [file]

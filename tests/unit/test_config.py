@@ -11,7 +11,7 @@ import pytest
 from deployments.config import read_arguments
 from rayllm.config import EngineArgs, EngineConfig
 from rayllm.errors import UsageError
-from rayllm.model_config import ModelConfig
+from rayllm.models.config_json import read_config
 from rayllm.options import add_arguments, from_arguments
 
 FIELDS = [option.name for option in dataclasses.fields(EngineArgs)]
@@ -64,7 +64,7 @@ def test_numbers_of_any_kind():
 def resolve(device: Any, model_dtype: str = "bfloat16", kv_heads: int = 4, **arguments: Any) -> EngineConfig:
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": kv_heads}
     length = {"vocab_size": 64, "num_hidden_layers": 1, "max_position_embeddings": 4096}
-    model = ModelConfig.from_hf({"model_type": "llama", "dtype": model_dtype, **sizes, **length})
+    model = read_config({"model_type": "llama", "dtype": model_dtype, **sizes, **length})
     return EngineArgs(model="m", **arguments).resolve(model, device)
 
 

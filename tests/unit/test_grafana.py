@@ -28,7 +28,8 @@ def labels() -> dict[str, set[str]]:
                 metric.add(1, *metric._names)
             case Histogram():
                 metric.observe(1, *metric._names)
-    page = merged([metrics.text()], {"model": {"engine": dict.fromkeys(ENGINE_METRICS, 1.0)}}).decode()
+    values = {metric.name: 1.0 for metric in ENGINE_METRICS}
+    page = merged([metrics.text()], {"model": {"engine": values}}).decode()
     samples = [sample for family in text_string_to_metric_families(page) for sample in family.samples]
     return {sample.name: set(sample.labels) for sample in samples}
 

@@ -22,8 +22,8 @@ def help_of(*command: str, capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def test_defaults_are_told_once(capsys: pytest.CaptureFixture[str]):
-    commands = re.findall(r"^ +(\w+) +\S", help_of(capsys=capsys).partition("COMMAND")[2], re.MULTILINE)
-    assert {"generate", "chat", "serve"} <= set(commands)
+    commands = re.findall(r"^ {4}(\w+) +\S", help_of(capsys=capsys).partition("COMMAND")[2], re.MULTILINE)
+    assert {"generate", "chat", "serve", "batch"} <= set(commands)
     for command in commands:
         text = help_of(command, capsys=capsys)
         flags = re.split(r"^  --", text, flags=re.MULTILINE)[1:]

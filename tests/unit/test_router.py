@@ -13,7 +13,7 @@ from rayllm.messages.base import pack_ids
 from rayllm.messages.sequences import NewSequence
 from rayllm.sampling_params import SamplingParams
 from rayllm.scheduling.block_manager import BlockManager
-from rayllm.scheduling.sequence import Sequence
+from rayllm.scheduling.sequence import BlockTable, Sequence
 
 BLOCK = 4
 IDLE = dict.fromkeys("abc", 0)
@@ -33,6 +33,7 @@ def test_hashes_are_those_of_the_block_table(rng: random.Random, salt: str | Non
     tokens = [rng.randrange(1000) for _ in range(5 * BLOCK + 2)]
     own = array("i", tokens)
     seq = Sequence(0, 0, own, SamplingParams(), seed=0, max_tokens=9, stop_token_ids=frozenset(), cache_salt=salt)
+    seq.block_tables = [BlockTable()]
     manager = BlockManager(8, BLOCK)
     manager.allocate(seq, manager.blocks_for(len(tokens)), [])
     seq.num_computed_tokens = len(tokens)

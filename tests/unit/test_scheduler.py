@@ -78,7 +78,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 stops=data.draw(st.sampled_from((frozenset({EOS}), frozenset({EOS, 2}), frozenset()))),
                 logprobs=data.draw(st.sampled_from((None, None, 0, 2))),
                 prompt_logprobs=data.draw(st.sampled_from((None, None, None, 1))),
-                snapkv_limit=data.draw(st.sampled_from((0, 0, 0, None, 6))),
+                snapkv_limit=data.draw(st.sampled_from((None, None, None, "all", 6))),
             )
 
     @rule(moves=st.lists(st.booleans(), min_size=1, max_size=30))
@@ -294,7 +294,7 @@ def test_what_is_not_pruned():
     engine = pruned_engine()
     short = engine.add(range(1, 9), max_tokens=2)
     little = engine.add(range(1, 10), max_tokens=2)
-    refused = engine.add(range(1, 40), max_tokens=2, snapkv_limit=None)
+    refused = engine.add(range(1, 40), max_tokens=2, snapkv_limit="all")
     lower = engine.add(range(2, 40), max_tokens=2, snapkv_limit=6)
     engine.drain(2)
     pruned = [engine.updates[key][0].num_pruned_tokens for key in (short, little, refused, lower)]
