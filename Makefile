@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 MODEL := .cache/SmolLM2-135M-Instruct.Q4_1.gguf
+# Two workers: one has the tests that share a Ray, one those that start others; whoever is done takes the rest.
+PYTEST := $(VENV)/bin/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 PROMPT ?= Explain in two sentences why the sky is blue.
 
 .PHONY: demo test test-all check model install clean
@@ -12,11 +14,11 @@ demo: install model
 demo: export PROMPT := $(PROMPT)
 
 test: install model check
-	$(VENV)/bin/python -m pytest
+	$(PYTEST)
 
-# with those that take longest
-test-all: install model check
-	$(VENV)/bin/python -m pytest -m "not gpu"
+# and then those that take longest
+test-all: test
+	$(PYTEST) -m "slow and not gpu"
 
 check: install
 	$(VENV)/bin/ruff check .

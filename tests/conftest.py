@@ -7,15 +7,15 @@ import random
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
+from tiny_configs import LLAMA3_ROPE, SIZES
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # shards and references share few cores here
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # for tests/kernels, before anything imports Triton
 
-NUM_CPUS = 8  # of shards; the more fit, the fewer engines are started again
+NUM_CPUS = 14  # of shards; the more fit, the fewer engines are started again
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -27,8 +27,21 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that start a Ray of their own run before this process is part of `ray_cluster`."""
-    items.sort(key=lambda item: "ray_cluster" in getattr(item, "fixturenames", ()))
+    """Tests that start a Ray of their own run before this process is part of `ray_cluster`, those without Ray last.
+
+    With several workers (pytest-xdist), each of the first two kinds keeps to one.
+    """
+    kinds = "own_ray", "ray_cluster"
+
+    def kind_of(item: pytest.Item) -> int:
+        if "ray_cluster" in getattr(item, "fixturenames", ()):
+            return 1
+        return 0 if item.path.parent.name in ("engine", "serve") else 2
+
+    items.sort(key=kind_of)
+    for item in items:
+        if (kind := kind_of(item)) < len(kinds):
+            item.add_marker(pytest.mark.xdist_group(kinds[kind]))
 
 
 @pytest.fixture
@@ -75,37 +88,17 @@ def smollm2_folder(smollm2: Path) -> Path:
     return folder
 
 
-TINY: dict[str, dict[str, Any]] = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 199,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.3,
-    "eos_token_id": None,
-    "bos_token_id": None,
-}  # type: ignore[assignment]
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 1e4,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-
-
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> dict[str, Path]:
     """Folders of small models of random weights, by architecture; their greedy output is varied."""
     import torch
     import transformers
 
+    common = SIZES | {"vocab_size": 199, "eos_token_id": None, "bos_token_id": None}
     configs = {
-        "llama": transformers.LlamaConfig(**TINY, num_hidden_layers=3, rope_parameters=LLAMA3_ROPE),
-        "qwen2": transformers.Qwen2Config(**TINY, num_hidden_layers=2),
-        "qwen3": transformers.Qwen3Config(**TINY, num_hidden_layers=2, head_dim=24, tie_word_embeddings=True),
+        "llama": transformers.LlamaConfig(**common, rope_parameters=LLAMA3_ROPE),
+        "qwen2": transformers.Qwen2Config(**common | {"num_hidden_layers": 2}),
+        "qwen3": transformers.Qwen3Config(**common | {"num_hidden_layers": 2}, head_dim=24, tie_word_embeddings=True),
     }
     folders = {}
     for name, config in configs.items():

@@ -16,6 +16,7 @@ import pytest_asyncio
 import ray
 import transformers
 from engine_testing import SMOLLM2, WHOLE, eventually, greedy
+from tiny_configs import SIZES
 
 from rayllm import LLM, AsyncLLM, EngineDeadError, SamplingParams, UsageError
 from rayllm.checkpoint.gguf import converted
@@ -247,22 +248,15 @@ def test_refusals_before_ray_starts(model_paths, tmp_path):
     ("arguments", "message"),
     [
         ({"num_gpu_blocks_override": 15}, "max_model_len=128 needs 16 KV cache blocks .* there is room for 15"),
-        ({"kv_cache_memory_bytes": 50_000}, "needs 16 KV cache blocks .* there is room for 11"),
-        ({"tensor_parallel_size": 16}, "needs 16 CPU, but the cluster has 8 CPU"),
+        ({"kv_cache_memory_bytes": 150_000}, "needs 16 KV cache blocks .* there is room for 11"),
+        ({"tensor_parallel_size": 16}, "needs 16 CPU, but the cluster has 14 CPU"),
     ],
 )
 def test_refusals_of_the_cluster(engine_pool, tmp_path, arguments: dict[str, Any], message: str):
     """What was reserved is free again."""
     engine_pool.make_room(1)
-    config = {
-        "model_type": "llama",
-        "vocab_size": 100,
-        "hidden_size": 64,
-        "intermediate_size": 64,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 16,
-    }
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    heads = {"num_attention_heads": 16, "num_key_value_heads": 16}
+    (tmp_path / "config.json").write_text(json.dumps(SIZES | {"model_type": "llama", "vocab_size": 100} | heads))
     common = {"load_format": "dummy", "max_model_len": 128, "block_size": 8, "device": "cpu", "progress": False}
     with pytest.raises(UsageError, match=message) as refused:
         LLM(str(tmp_path), skip_tokenizer_init=True, **common, **arguments)

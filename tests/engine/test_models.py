@@ -11,6 +11,7 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 import transformers
 from rayllm_kernels.rope import apply_rope_reference
+from tiny_configs import LLAMA3_ROPE, SIZES
 
 from rayllm.checkpoint.sources import resolve_model
 from rayllm.checkpoint.weights import load_weights
@@ -22,23 +23,7 @@ from rayllm.models.layers import RowParallelLinear, Split, rope_table
 from rayllm.models.layers.formats import Blocked, Format, Plain
 from rayllm.models.parallel import TensorParallel
 
-SIZES = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.3,
-}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 5e5,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
+LLAMA3 = LLAMA3_ROPE | {"rope_theta": 5e5}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
 CONFIGS = {
     "llama": transformers.LlamaConfig(**SIZES, vocab_size=128, rope_parameters=LLAMA3, head_dim=32),

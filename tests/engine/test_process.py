@@ -187,9 +187,9 @@ def test_the_end_of_the_object_closes(model_paths, engine_pool):
     eventually(lambda: not any(map(is_alive, pids)), seconds=5, what="the processes' end")
 
 
-def test_two_engines_at_once(engines, own_engine, reference, rng):
+def test_two_engines_at_once(engines, reference, rng):
     """Engines of different models run in one process and on one host."""
-    first, second = engines("qwen2", 1, **TIGHT), own_engine(1)
+    first, second = engines("qwen2", 2, **TIGHT), engines("llama", 1, **WHOLE)
     prompts = [[rng.randrange(199) for _ in range(rng.randint(1, 60))] for _ in range(12)]
     outputs: dict[str, list[list[int]]] = {}
 
@@ -300,16 +300,26 @@ def test_a_killed_user_of_a_cluster_takes_its_engine_with_it(engine_pool, ray_cl
     eventually(lambda: not any(map(is_alive, pids)), seconds=10, what="the processes' end")
 
 
+def pids_of_shards() -> set[int]:
+    """The shards of all engines in this process's cluster, those that start among them."""
+    pids = set()
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.cmdline()[:1] and process.cmdline()[0].startswith("ray::Shard"):
+                pids.add(process.pid)
+    return pids
+
+
 def test_a_shard_that_dies_while_it_starts(engine_pool, model_paths: dict[str, Path]):
-    engine_pool.make_room(engine_pool.num_cpus)
+    engine_pool.make_room(1)
     source = resolve_model(str(model_paths["llama"]))
     args = EngineArgs(model=source.path, device="cpu", **WHOLE)
+    others = pids_of_shards()
 
     def kill(_: object) -> None:
-        for process in psutil.Process().children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                if process.cmdline()[:1] and process.cmdline()[0].startswith("ray::Shard"):
-                    process.kill()
+        for pid in pids_of_shards() - others:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     with pytest.raises(EngineDeadError, match="failed to start: a shard died; Ray's logs"):
         Engine(Launcher.connect(args, source, None, progress=False), progress=False, report=kill)

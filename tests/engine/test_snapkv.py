@@ -85,6 +85,7 @@ def test_outputs(engines, tiny: PrunedReference, rng, size: int, config: dict[st
     assert result["num_cached_tokens"] == (length - window) // block_size * block_size
 
 
+@pytest.mark.slow
 def test_a_real_model(engines, smollm2_folder: Path):
     config = PRUNING | {"max_model_len": 320, "block_size": 16, "max_num_seqs": 4, "max_num_batched_tokens": 64}
     llm: LLM = engines("smollm2", 1, **config)

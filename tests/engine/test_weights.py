@@ -13,6 +13,7 @@ import pytest
 import torch
 from engine_testing import WHOLE, greedy
 from safetensors.torch import save_file
+from tiny_configs import SIX_HEADS
 
 from rayllm import LLM
 from rayllm.checkpoint import bucket
@@ -23,15 +24,6 @@ from rayllm.errors import UsageError
 from rayllm.models.decoder import build_model
 from rayllm.models.parallel import TensorParallel
 
-SHAPE = {
-    "hidden_size": 96,
-    "intermediate_size": 192,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 3,
-    "head_dim": 32,
-    "max_position_embeddings": 64,
-}
 VARIANTS = {
     "llama": {"model_type": "llama", "vocab_size": 260},
     "llama-bias": {"model_type": "llama", "vocab_size": 262, "attention_bias": True, "mlp_bias": True},
@@ -49,7 +41,7 @@ def random_checkpoint(config):
 
 def write_folder(folder, config, tensors, files=1):
     folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(SHAPE | config))
+    (folder / "config.json").write_text(json.dumps(SIX_HEADS | config))
     names = sorted(tensors)
     weight_map = {name: f"part-{i % files}.safetensors" for i, name in enumerate(names)}
     for file in set(weight_map.values()):

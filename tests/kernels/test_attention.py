@@ -10,6 +10,7 @@ import torch
 from kernel_testing import assert_close, poisoned
 from rayllm_kernels import PagedKV, decode_attention, divide_decodes, prefill_attention, prefill_backend
 from rayllm_kernels.decode_attention import (
+    DecodeItems,
     _decode_attention_triton,
     _divide_triton,
     _plan,
@@ -93,6 +94,13 @@ def make_batch(
     )
 
 
+def few_items(batch: Batch) -> DecodeItems:
+    """Splits as long as those of the many items that fill a GPU; the interpreter takes seconds for idle ones."""
+    sequences, kv_heads = len(batch.kv_lens), batch.k_cache.shape[2]
+    plan = _plan(sequences, kv_heads, batch.q.shape[2], batch.q.dtype)
+    return _divide_triton(batch.kv_lens, plan._replace(num_items=sequences + 12), kv_heads)
+
+
 def naive_attention(batch: Batch) -> torch.Tensor:
     """Softmax attention in float64, one query and one head after the other."""
     q = batch.q.double()
@@ -139,19 +147,28 @@ def test_decode_triton(
     args = batch.decode_args()
     expected, before = decode_attention_reference(*args), torch.randn_like(batch.q).contiguous()
     with poisoned():
-        out = _decode_attention_triton(*args)
-        over = _decode_attention_triton(*args, out=before.clone())
+        items = few_items(batch) if device.type == "cpu" else None
+        out = _decode_attention_triton(*args, items)
+        over = _decode_attention_triton(*args, items, before.clone())
     has_keys = batch.kv_lens > 0
     for result in (out, over):
         assert_close(result[has_keys], expected[has_keys])
     assert torch.equal(over[2], before[2])
 
 
+def test_decode_triton_divides_for_itself(device: torch.device) -> None:
+    """Among hundreds of items, most of them idle."""
+    batch = make_batch([150], [1], device=device)
+    with poisoned():
+        out = _decode_attention_triton(*batch.decode_args())
+    assert_close(out, decode_attention_reference(*batch.decode_args()))
+
+
 def test_layers_share_how_decodes_are_divided(device: torch.device) -> None:
     """One sequence much longer than the others; splits are combined by the last one, in every layer."""
-    kv_lens = [*torch.randint(1, 40, (6,)).tolist(), 1500]
+    kv_lens = [*torch.randint(1, 40, (6,)).tolist(), 900]
     first, second = (make_batch(kv_lens, [1] * 7, device=device) for _ in range(2))
-    items = _divide_triton(first.kv_lens, _plan(7, 2, 32, torch.float32), 2)
+    items = few_items(first)
     with poisoned():
         for batch in (first, second, first):
             out = _decode_attention_triton(*batch.decode_args(), items)

@@ -15,6 +15,7 @@ from rayllm_kernels.pruning import (
     window_scores_reference,
 )
 
+LAYERS = 2
 SINKS = 4
 GARBAGE = 2**30  # a block far outside of any cache: reading it fails
 
@@ -49,7 +50,7 @@ def make_prompt(
     spare_blocks: int = 3,
 ) -> Prompt:
     """Random tensors; slots that hold no key are `unused`, and the table goes on with garbage."""
-    layers, num_blocks = 3, -(-kv_len // block_size)
+    layers, num_blocks = LAYERS, -(-kv_len // block_size)
     order = torch.randperm(num_blocks + spare_blocks)[:num_blocks]
     slots = (order[:, None] * block_size + torch.arange(block_size)).flatten()[:kv_len].to(device)
     kv, caches = [], []
@@ -100,10 +101,18 @@ def test_scores_reference(kv_len: int, window: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("heads", "head_dim", "block_size", "window"),
-    [((4, 2), 32, 16, 8), ((9, 3), 64, 4, 32), ((8, 1), 96, 32, 5), ((2, 2), 128, 128, 64)],
+    ("heads", "head_dim", "block_size", "window", "longer"),
+    [
+        pytest.param(*shape, longer, marks=[] if longer in interpreted else [pytest.mark.gpu])
+        for *shape, interpreted in (
+            ((4, 2), 32, 16, 8, (0, 150)),
+            ((9, 3), 64, 4, 32, (1, 66)),
+            ((8, 1), 96, 32, 5, (0, 66)),
+            ((2, 2), 128, 128, 64, (1, 150)),
+        )
+        for longer in (0, 1, 66, 150)
+    ],
 )
-@pytest.mark.parametrize("longer", [0, 1, 66, 230])
 def test_scores_triton(
     device: torch.device,
     dtype: torch.dtype,
@@ -122,7 +131,7 @@ def test_scores_triton(
 
 def test_scores_triton_of_split_keys(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pruning, "MIN_SPLIT", 128)
-    prompt = make_prompt(700, 8, (4, 2), 16, 64, torch.float32, device)
+    prompt = make_prompt(450, 8, (4, 2), 16, 64, torch.float32, device)
     with poisoned():
         scores = _window_scores_triton(*prompt.score_args)
     assert_close(scores, window_scores_reference(*prompt.score_args), tolerance=1e-4)
@@ -160,8 +169,8 @@ def test_compaction(
     num_new = -(-num_kept // block_size)
     prompt = make_prompt(kv_len, 1, heads, head_dim, block_size, dtype, device, unused=0.0, spare_blocks=num_new + 3)
     num_kv_heads = heads[1]
-    kept = torch.stack([torch.randperm(kv_len)[:num_kept].sort().values for _ in range(3 * num_kv_heads)])
-    kept = kept.view(3, num_kv_heads, num_kept).to(device)
+    kept = torch.stack([torch.randperm(kv_len)[:num_kept].sort().values for _ in range(LAYERS * num_kv_heads)])
+    kept = kept.view(LAYERS, num_kv_heads, num_kept).to(device)
     used = prompt.block_table[:-2].tolist()
     spare = [block for block in torch.randperm(prompt.k_cache.shape[1]).tolist() if block not in used]
     new = torch.tensor(spare[:num_new], dtype=torch.int32, device=device)
@@ -170,7 +179,7 @@ def test_compaction(
     run = _compact_kv_triton if op == "triton" else compact_kv_reference
     run(*caches, prompt.block_table, kept, new)
     for cache, expected, content in zip(caches, before, (prompt.keys, prompt.values), strict=True):
-        for layer in range(3):
+        for layer in range(LAYERS):
             for head in range(num_kv_heads):
                 for place in range(num_kept):
                     slot = layer, int(new[place // block_size]), place % block_size, head

@@ -117,6 +117,7 @@ def test_a_killed_process(service: Service, name: str):
     stream.assert_complete()
 
 
+@pytest.mark.slow
 def test_a_stuck_process(service: Service):
     stream = LongStream(service)
     stuck = pid_of(DRIVER)

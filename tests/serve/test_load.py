@@ -58,9 +58,10 @@ while True:
 """
 
 
-def test_200_streams(tiny: Service, rng: random.Random):
+@pytest.mark.parametrize("number", [80, pytest.param(200, marks=pytest.mark.slow)])
+def test_many_streams(tiny: Service, rng: random.Random, number: int):
     """Each complete, each equal to its unstreamed twin; /health answers meanwhile."""
-    bodies = requests_of(rng, 200)
+    bodies = requests_of(rng, number)
 
     async def streams() -> list[str]:
         limits = httpx.Limits(max_connections=None)

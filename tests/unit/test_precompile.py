@@ -12,13 +12,13 @@ import threading
 from pathlib import Path
 
 import pytest
+from tiny_configs import SIZES
 
 from rayllm.config import EngineArgs
 from rayllm.models.config_json import read_config
 from rayllm.runner import precompile
 
-SIZES = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
-MODEL = read_config({"model_type": "llama", "vocab_size": 64, "num_hidden_layers": 1, **SIZES})
+MODEL = read_config({"model_type": "llama", "vocab_size": 64, **SIZES})
 
 
 @pytest.fixture(autouse=True)
