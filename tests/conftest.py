@@ -47,7 +47,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture
 def rng(request: pytest.FixtureRequest) -> random.Random:
     """Each test's own; the same in every run with the same --seed."""
-    return random.Random(f"{request.config.getoption('seed')} {request.node.nodeid}")
+    return random.Random(f"{request.config.getoption('seed')} {request.path.name} {request.node.name}")
 
 
 @pytest.fixture(scope="session")
