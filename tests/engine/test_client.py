@@ -35,7 +35,7 @@ class DyingLink:
         await asyncio.sleep(0)
         is_last = num_tokens + 1 == LENGTH
         if self.is_useful:
-            update = SequenceUpdate(sequence.sequence, [num_tokens], "length" if is_last else None)
+            update = SequenceUpdate(sequence.sequence_id, [num_tokens], "length" if is_last else None)
             sender = Sender(client.local)
             sender.send(Updates(0, [update]))
             sender.close(linger_s=1)
