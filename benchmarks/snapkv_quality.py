@@ -181,16 +181,16 @@ class Runner(Executor):
         first `prompt_len`, which are in the cache: [5, V]."""
         prunes, last, slot = [], 1, prompt_len
         if policy is not None:
-            [group] = self.groups
-            shape = *group.windows.shape[:2], policy.window, *group.windows.shape[3:]
-            self.groups = [dataclasses.replace(group, windows=group.windows.new_empty(shape))]
-            self.pruner = Pruner(policy, self.groups, self.lanes)
+            [attention] = self.attentions
+            shape = *attention.windows.shape[:2], policy.window, *attention.windows.shape[3:]
+            self.attentions = [dataclasses.replace(attention, windows=attention.windows.new_empty(shape))]
+            self.pruner = Pruner(policy, self.attentions, self.lanes)
             prunes = [Prune(0, kept, [list(range(self.num_blocks, 2 * self.num_blocks))])]
             last, slot = max(policy.window, 1), kept
         first = prompt_len - last
         self.run(first, first, last, self.start(token_ids, prompt_len), prunes)
         self.run(prompt_len, slot, len(token_ids) - prompt_len)
-        logits = self.model.decoder.compute_logits(self.hidden[-6:-1])[:, : self.model.model_config.vocab_size]
+        logits = self.loaded.model.compute_logits(self.hidden[-6:-1])[:, : self.loaded.model_config.vocab_size]
         return logits.double().log_softmax(dim=-1)
 
 

@@ -1,6 +1,7 @@
 """All use of what Ray does not promise to keep, one small function for each contract.
 
-`tests/serve/test_ray_private.py` exercises each by name, so that a version of Ray that breaks one fails there.
+`tests/serve/test_ray_private.py` and `tests/engine/test_placement.py` exercise each by name, so that a version of Ray
+that breaks one fails there.
 """
 
 from __future__ import annotations

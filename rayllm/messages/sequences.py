@@ -74,8 +74,8 @@ class SequenceUpdate(msgspec.Struct, frozen=True, array_like=True):
     """Prompt tokens whose KV was given up."""
     queue_s: float = 0.0
     """How long the sequence waited for its first admission, in seconds."""
-    logprobs: list[Logprobs] = []
-    prompt_logprobs: list[Logprobs] = []
+    logprobs: list[Logprobs] = msgspec.field(default_factory=list)
+    prompt_logprobs: list[Logprobs] = msgspec.field(default_factory=list)
     """With the first token only; the entry of the prompt's first token is left out."""
 
 

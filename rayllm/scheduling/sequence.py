@@ -12,6 +12,8 @@ from rayllm.sampling_params import SamplingParams
 
 
 class SequenceStatus(enum.Enum):
+    """Where a sequence is in the scheduler."""
+
     WAITING = enum.auto()
     RUNNING = enum.auto()
     FINISHED = enum.auto()
@@ -115,4 +117,5 @@ class Sequence:
 
     @property
     def wants_prompt_logprobs(self) -> bool:
+        """Whether log-probabilities of its prompt are still to be told."""
         return self.params.prompt_logprobs is not None and len(self.token_ids) == self.num_prompt_tokens
