@@ -15,6 +15,8 @@ from ray import serve
 
 from serve.serve_testing import Service, eventually
 
+pytestmark = pytest.mark.slow
+
 NAME = "failing"
 TINY: dict[str, Any] = {"model": "org/tiny", "temperature": 1, "ignore_eos": True, "seed": 7, "prompt": [5, 6, 7]}
 
@@ -92,7 +94,7 @@ def split(body: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in body.items() if k != "ignore_eos"} | {"extra_body": {"ignore_eos": True}}
 
 
-@pytest.mark.parametrize("name", [REPLICA, pytest.param(SHARD, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", [REPLICA, SHARD])
 def test_a_killed_process(service: Service, name: str):
     """Streams go on after a pause; requests meanwhile are answered late or refused at once; /health tells."""
     stream = LongStream(service)
@@ -117,7 +119,6 @@ def test_a_killed_process(service: Service, name: str):
     stream.assert_complete()
 
 
-@pytest.mark.slow
 def test_a_stuck_process(service: Service):
     stream = LongStream(service)
     stuck = pid_of(DRIVER)

@@ -152,6 +152,7 @@ def test_shards_have_whole_devices(host: str, engine: dict[str, Any]):
     assert read_failure("half") is None
 
 
+@pytest.mark.slow
 def test_prefixes_keep_to_their_engine(tiny: Service, pair: Service, rng: random.Random):
     """Twenty prefixes, repeated: nearly the hit rate of one engine that sees all, and the load is shared."""
     prefixes = [prompt_of(rng, PREFIX) for _ in range(20)]
