@@ -20,11 +20,11 @@ from deployments.service import Model, Service
 from deployments.startup import failure_told
 from rayllm.checkpoint.sources import ModelSource
 from rayllm.config import EngineConfig
+from rayllm.engine.placement import local_host
 from rayllm.errors import UsageError
 from rayllm.frontend.client import Client, Prompt
 from rayllm.frontend.output import Increment, joined
 from rayllm.frontend.tokenizer import load_tokenizer
-from rayllm.messages.transport import local_host
 from rayllm.sampling_params import SamplingParams
 
 API = "Api"

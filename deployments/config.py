@@ -86,7 +86,7 @@ class ApiConfig(Options):
     )
     api_target_ongoing_requests: int | None = option(
         None,
-        "Number of requests that each of these processes has when there are enough of them. Without it, it is 128.",
+        "Number of requests that each HTTP process has when there are enough of them. Without it, it is 128.",
     )
     upscale_delay_s: float = option(
         30.0, "How long, in seconds, there must be too few engines, or HTTP processes, before more start."

@@ -12,7 +12,7 @@ from rayllm.errors import EngineDeadError, UsageError
 from rayllm.options import HelpFormatter
 
 ADDRESS_HELP = (
-    "The address of a running Ray cluster. Without it, RAY_ADDRESS is used (a job has it), or Ray starts here."
+    "The address of a running Ray cluster. Without it, RAY_ADDRESS holds, which a job has, or Ray starts here."
 )
 MODEL_HELP = "A model folder, a .gguf file, a Hub id or a URL."
 

@@ -119,7 +119,9 @@ def _stream(
 
     from deployments.batch_jobs.source import RowSource
 
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    for handler in logging.getLogger("ray.data").handlers:
+        if handler.name == "console":
+            handler.setLevel(logging.CRITICAL)  # what ends a job is told in one line; Ray's log file has the rest
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_no_progress_timeout_s = -1  # engines are watched where they are

@@ -1,5 +1,7 @@
 """The operations of the engine's models. Each chooses by its tensors' device: Triton on CUDA (for prefill
-FlashAttention-4, where it is installed), plain torch elsewhere. `<op>_reference` beside each specifies it."""
+FlashAttention-4, where it is installed), plain torch elsewhere. `<op>_reference` beside each specifies it.
+
+They know tensors, and nothing of models, steps or the rest of rayllm."""
 
 from rayllm_kernels._triton import compiling
 from rayllm_kernels.activation import silu_and_mul

@@ -37,7 +37,7 @@ from rayllm.messages.sequences import (
     Updates,
 )
 from rayllm.messages.step import ShardFailed, StepOutput, StepTimes
-from rayllm.messages.transport import Address, Receiver, Sender, local_host
+from rayllm.messages.transport import Address, Receiver, Sender
 from rayllm.progress import Progress
 from rayllm.scheduling.pruning import make_policy
 from rayllm.scheduling.scheduler import Scheduler
@@ -144,7 +144,7 @@ class Driver:
         places = ray.get([shard.place.remote() for shard in self._shards])
         own_node = ray.get_runtime_context().get_node_id()
         spans_nodes = len({own_node, owner.node_id, *(node for node, _ in places)}) > 1
-        self._inbox: Receiver[DriverMessage] = Receiver(DriverMessage, local_host() if spans_nodes else None)
+        self._inbox: Receiver[DriverMessage] = Receiver(DriverMessage, placement.local_host() if spans_nodes else None)
         self._owner = Sender(owner.seen_from(own_node))
 
         store = ray.get(self._shards[0].open_store.remote()) if len(self._shards) > 1 else None

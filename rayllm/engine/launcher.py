@@ -18,7 +18,7 @@ from rayllm.config import EngineArgs, EngineConfig
 from rayllm.engine import placement
 from rayllm.engine.driver import Driver, EngineInfo
 from rayllm.errors import EngineDeadError, UsageError
-from rayllm.messages.transport import Address, local_host
+from rayllm.messages.transport import Address
 from rayllm.progress import Progress
 from rayllm.runner import precompile
 
@@ -45,7 +45,7 @@ class Launcher:
         self.config = config
         self.source = source
         self.node_id: str = ray.get_runtime_context().get_node_id()
-        self.host = local_host() if placement.has_many_nodes() else None
+        self.host = placement.local_host() if placement.has_many_nodes() else None
         """This node's address, if there are others."""
         self.driver: Any = None
         """The driver's handle; None before and after it."""

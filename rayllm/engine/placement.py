@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import time
 from typing import Literal
 
@@ -194,6 +195,12 @@ def _wait(groups: list[PlacementGroup], bundles: list[Resources], timeout_s: flo
                 )
             bar.set_postfix_str(f"{free} of {total} free", refresh=False)
             bar.update(elapsed - bar.n)
+
+
+def local_host() -> str:
+    """This node's address as other nodes see it."""
+    address: str = ray.util.get_node_ip_address()
+    return address or socket.gethostbyname(socket.gethostname())
 
 
 def has_many_nodes() -> bool:

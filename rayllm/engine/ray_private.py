@@ -1,6 +1,6 @@
 """All use of what Ray does not promise to keep, one small function for each contract.
 
-`tests/engine/test_ray_private.py` exercises each by name, so that a version of Ray that breaks one fails there.
+`tests/serve/test_ray_private.py` exercises each by name, so that a version of Ray that breaks one fails there.
 """
 
 from __future__ import annotations

@@ -17,9 +17,10 @@ import ray
 
 from rayllm.checkpoint.sources import ModelSource
 from rayllm.config import EngineConfig
+from rayllm.engine.placement import local_host
 from rayllm.messages.base import Stop
 from rayllm.messages.step import ShardFailed, StepInput
-from rayllm.messages.transport import Address, Receiver, Sender, local_host
+from rayllm.messages.transport import Address, Receiver, Sender
 from rayllm.progress import Progress, Tracker
 
 if TYPE_CHECKING:

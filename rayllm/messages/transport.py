@@ -12,7 +12,6 @@ import fcntl
 import glob
 import os
 import shutil
-import socket
 import tempfile
 import time
 from typing import Any, Generic, TypeVar
@@ -164,11 +163,3 @@ def _socket(kind: int, **options: Any) -> Any:
     for name, value in options.items():
         setattr(new, name, value)
     return new
-
-
-def local_host() -> str:
-    """This node's address as other nodes see it."""
-    import ray
-
-    address: str = ray.util.get_node_ip_address()
-    return address or socket.gethostbyname(socket.gethostname())

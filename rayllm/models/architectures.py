@@ -36,6 +36,21 @@ def windowed_above(config: Config, num_layers: int) -> tuple[LayerConfig, ...]:
     return tuple(LayerConfig(window=window if kind == SLIDING else None) for kind in kinds)
 
 
+def rotated_in_part(config: Config, num_layers: int) -> tuple[LayerConfig, ...]:
+    """Layers that are not rotated where `no_rope_layers` has a 0, or else every `no_rope_layer_interval`-th; only
+    those have a window, if one is in use, unless `layer_types` say otherwise."""
+    interval = positive(config, "no_rope_layer_interval", 4)
+    rotated = config.get("no_rope_layers") or [(layer + 1) % interval for layer in range(num_layers)]
+    if len(rotated) < num_layers:
+        raise UsageError(f"config.json: no_rope_layers are {len(rotated)}, but num_hidden_layers is {num_layers}")
+    kinds = layer_types(config, [FULL if rotary else SLIDING for rotary in rotated[:num_layers]])
+    window = config.get("sliding_window") if config.get("use_sliding_window") else None
+    return tuple(
+        LayerConfig(window=window if kind == SLIDING else None, rotary=bool(rotary))
+        for kind, rotary in zip(kinds, rotated, strict=False)
+    )
+
+
 def layer_types(config: Config, default: list[str]) -> list[str]:
     """config.json's `layer_types`, or `default`; raises UsageError unless there is a known one for each layer."""
     kinds: list[str] = config.get("layer_types") or default
@@ -58,6 +73,10 @@ class Architecture:
     """The kinds of the layers, given config.json and their number."""
     head_dim: int | None = None
     """What head_dim is where config.json does not say; None: hidden_size / num_attention_heads."""
+    rope_theta: float = 10000.0
+    """The base of the rotation where config.json does not say."""
+    tie_word_embeddings: bool = False
+    """Whether the head is the embedding where config.json does not say."""
     qkv_bias: bool = False
     """Whether queries, keys and values have a bias whatever config.json says."""
     biases: tuple[str, ...] = ()
@@ -89,6 +108,16 @@ ARCHITECTURES = (
         qk_norm=True,
         gguf_name="qwen3",
     ),
+    Architecture(
+        "smollm3",
+        "SmolLM3ForCausalLM",
+        rotated_in_part,
+        rope_theta=2000000.0,
+        tie_word_embeddings=True,
+        biases=("attention_bias", "mlp_bias"),
+        gguf_name="smollm3",
+        gguf_pairwise=True,
+    ),
 )
 
 
@@ -108,3 +137,12 @@ def gguf_architecture(name: str) -> Architecture:
     if name not in records:
         raise UsageError(f"unsupported GGUF architecture {name!r}: rayllm runs {', '.join(records)}")
     return records[name]
+
+
+def positive(config: Config, key: str, default: int | None = None) -> int:
+    """config.json's `key`, or `default` where that is absent or null; raises UsageError unless it is an integer ≥ 1."""
+    value = config.get(key)
+    value = default if value is None else value
+    if not isinstance(value, int) or value < 1:
+        raise UsageError(f"config.json: {key} must be a positive integer, not {value!r}")
+    return value

@@ -8,7 +8,7 @@ from typing import Any
 
 from rayllm.errors import UsageError
 from rayllm.model_config import ModelConfig, RopeScaling
-from rayllm.models.architectures import Config, architecture_of
+from rayllm.models.architectures import Config, architecture_of, positive
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn", "factors")
 DTYPES = ("bfloat16", "float16", "float32")
@@ -26,34 +26,34 @@ def read_config(config: Config, generation_config: Mapping[str, Any] | None = No
     if (activation := config.get("hidden_act", "silu")) != "silu":
         raise UsageError(f"unsupported hidden_act {activation!r}: rayllm runs 'silu'")
 
-    heads = _positive(config, "num_attention_heads")
-    hidden = _positive(config, "hidden_size")
-    kv_heads = _positive(config, "num_key_value_heads", heads)
-    head_dim = _positive(config, "head_dim", record.head_dim or hidden // heads)
+    heads = positive(config, "num_attention_heads")
+    hidden = positive(config, "hidden_size")
+    kv_heads = positive(config, "num_key_value_heads", heads)
+    head_dim = positive(config, "head_dim", record.head_dim or hidden // heads)
     if heads % kv_heads:
         raise UsageError(f"num_attention_heads ({heads}) must be a multiple of num_key_value_heads ({kv_heads})")
     if head_dim % 2:
         raise UsageError(f"head_dim ({head_dim}) must be even to be rotated")
-    max_positions = _positive(config, "max_position_embeddings", 2048)
-    theta, scaling = _rope(config, max_positions)
+    max_positions = positive(config, "max_position_embeddings", 2048)
+    theta, scaling = _rope(config, record.rope_theta, max_positions)
     dtype = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
     if dtype not in DTYPES:
         raise UsageError(f"unsupported dtype {dtype!r} in config.json: rayllm runs {', '.join(DTYPES)}")
     biases = {name for name in record.biases if config.get(name)}
     return ModelConfig(
         model_type=record.model_type,
-        vocab_size=_positive(config, "vocab_size"),
+        vocab_size=positive(config, "vocab_size"),
         hidden_size=hidden,
-        intermediate_size=_positive(config, "intermediate_size"),
+        intermediate_size=positive(config, "intermediate_size"),
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
-        layers=record.layers(config, _positive(config, "num_hidden_layers")),
+        layers=record.layers(config, positive(config, "num_hidden_layers")),
         rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
         rope_theta=theta,
         rope_scaling=scaling,
         max_position_embeddings=max_positions,
-        tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+        tie_word_embeddings=bool(config.get("tie_word_embeddings", record.tie_word_embeddings)),
         qkv_bias=record.qkv_bias or "attention_bias" in biases,
         o_bias="attention_bias" in biases,
         mlp_bias="mlp_bias" in biases,
@@ -63,23 +63,15 @@ def read_config(config: Config, generation_config: Mapping[str, Any] | None = No
     )
 
 
-def _positive(config: Config, key: str, default: int | None = None) -> int:
-    value = config.get(key)
-    value = default if value is None else value
-    if not isinstance(value, int) or value < 1:
-        raise UsageError(f"config.json: {key} must be a positive integer, not {value!r}")
-    return value
-
-
 def _eos_ids(config: Mapping[str, Any]) -> list[int]:
     ids = config.get("eos_token_id")
     return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
 
-def _rope(config: Mapping[str, Any], max_positions: int) -> tuple[float, RopeScaling | None]:
+def _rope(config: Config, default_theta: float, max_positions: int) -> tuple[float, RopeScaling | None]:
     """θ and the scaling, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (4)."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    theta = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    theta = float(rope.get("rope_theta") or config.get("rope_theta") or default_theta)
     rope_type = rope.get("rope_type") or rope.get("type") or "default"
     partial = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
     if rope_type not in ROPE_TYPES or partial != 1.0:

@@ -58,7 +58,7 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(dim, config.rms_norm_eps, dtype) if config.qk_norm else None
 
     def forward(self, x: torch.Tensor, positions: torch.Tensor, rope: torch.Tensor, attend: Attend) -> torch.Tensor:
-        """x [T, H], positions [T] int64, rope as in `Decoder` → [T, H], summed over the ranks."""
+        """x [T, H], positions [T] int64, rope as from `rope_table` → [T, H], summed over the ranks."""
         q, k, v = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim)).split(self.sizes, dim=1)
         norms = None
         if self.q_norm is not None and self.k_norm is not None:
@@ -133,9 +133,7 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """One rank's part of the model. `rope` [max_model_len, head_dim] float32 (`rope_table`) serves all layers."""
-
-    rope: torch.Tensor
+    """One rank's part of the model. `ropes` has each layer's `rope_table`; layers of one kind share it."""
 
     def __init__(self, config: ModelConfig, tp: TensorParallel, dtype: torch.dtype, max_model_len: int) -> None:
         super().__init__()
@@ -145,8 +143,10 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         tied = self.embed_tokens if config.tie_word_embeddings else None
         self.lm_head = VocabParallelHead(config.vocab_size, config.hidden_size, tp, dtype, tied)
-        rope = rope_table(config, max_model_len).to(self.norm.weight.device)
-        self.register_buffer("rope", rope, persistent=False)
+        device = self.norm.weight.device
+        kinds = {layer.rotary for layer in config.layers}
+        tables = {rotary: rope_table(config, max_model_len, rotary).to(device) for rotary in kinds}
+        self.ropes = [tables[layer.rotary] for layer in config.layers]
 
     def forward(self, token_ids: torch.Tensor, positions: torch.Tensor, attend: Attend) -> torch.Tensor:
         """token_ids, positions [T] int64 → normalised hidden states [T, hidden_size], the same on all ranks.
@@ -155,8 +155,8 @@ class Decoder(nn.Module):
         """
         x = self.embed_tokens(token_ids)
         residual: torch.Tensor | None = None
-        for layer in self.layers:
-            x, residual = layer(x, residual, positions, self.rope, attend)
+        for layer, rope in zip(self.layers, self.ropes, strict=True):
+            x, residual = layer(x, residual, positions, rope, attend)
         assert residual is not None
         return self.norm.add(x, residual)[0]
 

@@ -134,7 +134,8 @@ class Shape:
 def pack(rows: Rows, shape: Shape, padding: int) -> np.ndarray:
     """All that the host knows of a step, padded to `shape`, as one int64 array for `unpack`.
 
-    Padding tokens and samples belong to the lane `padding`, padding rows have no keys.
+    Padding tokens and samples belong to the lane `padding`: the tokens are its first one, and what is drawn, which may
+    be no token, goes to its second place. Padding rows have no keys.
     """
     num_groups = len(rows.kv_lens)
     packed = np.zeros(shape.packed_size(num_groups), np.int64)
@@ -142,6 +143,7 @@ def pack(rows: Rows, shape: Shape, padding: int) -> np.ndarray:
     part = dict(zip(parts, np.split(packed, np.cumsum(list(parts.values()))[:-1]), strict=True))
     for name in ("lanes", "row_lanes", "sample_lanes"):
         part[name][:] = padding
+    part["sample_positions"][:] = 1
     n, ends = rows.num_decodes, rows.ends
     num_tokens, num_chunks, num_samples = int(rows.num_tokens.sum()), len(rows.lanes) - n, int(rows.num_samples.sum())
 

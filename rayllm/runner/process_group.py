@@ -14,7 +14,7 @@ logger = logging.getLogger("rayllm")
 
 
 def open_store(host: str, size: int) -> dist.TCPStore:
-    """On rank 0: where `size` ranks meet, on a free port of `host`."""
+    """Opens, on rank 0, the store where `size` ranks meet; it is on a free port of `host`."""
     return dist.TCPStore(host, 0, size, is_master=True, wait_for_workers=False)
 
 

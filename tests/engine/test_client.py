@@ -14,11 +14,11 @@ from rayllm.frontend.client import MAX_DEATHS, Client
 from rayllm.messages.base import BYTES_PER_ID
 from rayllm.messages.sequences import NewSequence, SequenceUpdate, Updates
 from rayllm.messages.transport import Address, Sender
-from rayllm.model_config import ModelConfig
+from rayllm.models.config_json import read_config
 
 LENGTH = 3 * MAX_DEATHS
 SIZES = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4}
-MODEL = ModelConfig.from_hf({"model_type": "llama", "vocab_size": 100, "num_hidden_layers": 1, **SIZES})
+MODEL = read_config({"model_type": "llama", "vocab_size": 100, "num_hidden_layers": 1, **SIZES})
 
 
 class DyingLink:
@@ -35,7 +35,7 @@ class DyingLink:
         await asyncio.sleep(0)
         is_last = num_tokens + 1 == LENGTH
         if self.is_useful:
-            update = SequenceUpdate(sequence.sequence, [num_tokens], "length" if is_last else None)
+            update = SequenceUpdate(sequence.sequence_id, [num_tokens], "length" if is_last else None)
             sender = Sender(client.local)
             sender.send(Updates(0, [update]))
             sender.close(linger_s=1)

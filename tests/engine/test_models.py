@@ -35,6 +35,9 @@ CONFIGS = {
     "qwen3": transformers.Qwen3Config(
         **SIZES, vocab_size=129, head_dim=32, tie_word_embeddings=True, rope_parameters=YARN
     ),
+    "smollm3": transformers.SmolLM3Config(
+        **SIZES, vocab_size=131, pad_token_id=None, no_rope_layer_interval=2, attention_bias=True, rope_parameters=YARN
+    ),
 }
 TOLERANCE = {"rtol": 1e-4, "atol": 5e-4}  # of float32 logits that reach 10, against float32 ones
 
@@ -213,6 +216,22 @@ def test_layers_that_share_a_cache():
     assert [layer.window for layer in config.layers] == [None, 100, None]
     assert config.max_model_len == 100
     assert config.kv_groups == (KVGroup((0, 1, 2)),)
+
+
+def test_layers_that_are_not_rotated():
+    """What an older config.json leaves out is as transformers has it; a window is only where nothing is rotated."""
+    fields = {"model_type": "smollm3", "vocab_size": 99, **SIZES, "num_hidden_layers": 9}
+    window = {"use_sliding_window": True, "sliding_window": 100}
+    for changes in ({}, window, {"no_rope_layers": [0, 1, 1] * 4}, window | {"layer_types": ["full_attention"] * 9}):
+        config, theirs = read_config(fields | changes), transformers.SmolLM3Config(**fields | changes)
+        assert [layer.rotary for layer in config.layers] == [bool(kind) for kind in theirs.no_rope_layers[:9]]
+        assert [layer.window is not None for layer in config.layers] == [
+            kind == "sliding_attention" for kind in theirs.layer_types
+        ]
+        assert config.tie_word_embeddings == theirs.tie_word_embeddings
+        assert config.rope_theta == theirs.rope_parameters["rope_theta"]
+    with pytest.raises(UsageError, match="no_rope_layers are 3, but num_hidden_layers is 9"):
+        read_config(fields | {"no_rope_layers": [1, 1, 0]})
 
 
 def test_sliding_windows():

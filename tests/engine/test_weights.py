@@ -29,6 +29,7 @@ VARIANTS = {
     "llama-bias": {"model_type": "llama", "vocab_size": 262, "attention_bias": True, "mlp_bias": True},
     "qwen2": {"model_type": "qwen2", "vocab_size": 261},
     "qwen3": {"model_type": "qwen3", "vocab_size": 260, "tie_word_embeddings": True},
+    "smollm3": {"model_type": "smollm3", "vocab_size": 261},
 }
 
 
@@ -53,7 +54,7 @@ def write_folder(folder, config, tensors, files=1):
 
 
 def write_gguf(file, config, tensors, quantization):
-    """As llama.cpp's converter does: rows of q and k of a Llama reordered, vectors in float32."""
+    """As llama.cpp's converter does: rows of q and k of a Llama or SmolLM3 reordered, vectors in float32."""
     architecture = config.model_type
     writer = gguf.GGUFWriter(file, architecture)
     writer.add_block_count(config.num_hidden_layers)
@@ -76,7 +77,7 @@ def write_gguf(file, config, tensors, quantization):
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], config.num_hidden_layers)
     for name, tensor in tensors.items():
         values = tensor.numpy()
-        if architecture == "llama" and ("q_proj" in name or "k_proj" in name):
+        if architecture in ("llama", "smollm3") and ("q_proj" in name or "k_proj" in name):
             pairs = values.reshape(-1, 2, config.head_dim // 2, *values.shape[1:])
             values = np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(values.shape)
         kind = quantization if values.ndim == 2 else gguf.GGMLQuantizationType.F32

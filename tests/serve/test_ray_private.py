@@ -19,10 +19,12 @@ from rayllm.engine import ray_private
 from serve.serve_testing import free_port
 
 CLIENT = """
+import os
 from ray.util.client.ray_client_helpers import ray_start_client_server
 from rayllm.engine import ray_private
 with ray_start_client_server():
-    print(ray_private.is_client())
+    print(ray_private.is_client(), flush=True)
+    os._exit(0)  # the helper would wait for a client server that is its own
 """
 
 

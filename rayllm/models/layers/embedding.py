@@ -40,7 +40,7 @@ class VocabParallelEmbedding(nn.Module):
 
 
 class VocabParallelHead(nn.Module):
-    """Hidden states to this rank's logits. `tied`: the embedding whose rows are the weight."""
+    """Makes logits of hidden states for this rank's tokens. `tied` is the embedding whose rows are the weight."""
 
     def __init__(
         self,

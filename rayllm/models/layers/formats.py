@@ -45,7 +45,7 @@ class Plain(Format):
 
     @classmethod
     def empty(cls, outputs: int, inputs: int, *, bias: bool, dtype: torch.dtype) -> Plain:
-        """Uninitialised, on the default device."""
+        """A format whose numbers are uninitialised, on the default device."""
         return cls(
             empty_parameter(outputs, inputs, dtype=dtype), empty_parameter(outputs, dtype=dtype) if bias else None
         )

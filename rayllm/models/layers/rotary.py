@@ -9,8 +9,14 @@ import torch
 from rayllm.model_config import ModelConfig, RopeScaling
 
 
-def rope_table(config: ModelConfig, max_model_len: int) -> torch.Tensor:
-    """[max_model_len, head_dim] float32 on the CPU: for each position head_dim/2 cosines, then the sines."""
+def rope_table(config: ModelConfig, max_model_len: int, rotary: bool = True) -> torch.Tensor:
+    """[max_model_len, head_dim] float32 on the CPU: for each position head_dim/2 cosines, then the sines.
+
+    Without `rotary` all angles are 0: what is rotated by them stays as it is.
+    """
+    if not rotary:
+        ones = torch.ones(max_model_len, config.head_dim // 2, dtype=torch.float32, device="cpu")
+        return torch.cat((ones, torch.zeros_like(ones)), dim=-1)
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim
     frequencies = 1.0 / config.rope_theta**exponents
     scaling = config.rope_scaling

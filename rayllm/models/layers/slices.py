@@ -18,7 +18,7 @@ class Split:
 
     @classmethod
     def whole(cls, total: int) -> Split:
-        """All of them."""
+        """All `total` rows or columns."""
         return cls(total, 0, total)
 
     @classmethod
@@ -42,5 +42,5 @@ class WeightSlice:
 
 
 def empty_parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:
-    """Uninitialised, on the default device, without gradient."""
+    """A parameter whose numbers are uninitialised, on the default device, without gradient."""
     return nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
