@@ -37,6 +37,7 @@ UNCACHED = WHOLE | {"enable_prefix_caching": False}
 LENGTH = 32
 
 
+@pytest.mark.slow
 def test_smollm2(engines, reference):
     """20 prompts of very different lengths, batched and chunked."""
     llm = engines("smollm2", **SMOLLM2)
