@@ -193,6 +193,7 @@ def test_sessions_keep_to_their_engine(pair: Service, rng: random.Random):
     assert len(engines) == 2
 
 
+@pytest.mark.slow
 def test_an_engine_that_dies_is_not_missed(pair: Service, rng: random.Random):
     """What it had goes on on the other one, where new requests go too; none fails."""
     victim = serve.get_deployment_handle("Engine", "pair").status.remote().result()

@@ -12,6 +12,8 @@ from schemathesis.generation import GenerationMode
 
 from serve.serve_testing import Service
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def service(deploy, tiny_text_model, smollm2) -> Service:
