@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from tiny_configs import LLAMA3_ROPE, SIZES
 
+pytest.register_assert_rewrite("shard_model")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # shards and references share few cores here
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # for tests/kernels, before anything imports Triton
