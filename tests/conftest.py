@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,9 +12,11 @@ from pathlib import Path
 import pytest
 from tiny_configs import LLAMA3_ROPE, SIZES
 
+pytest.register_assert_rewrite("shard_model")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # shards and references share few cores here
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # for tests/kernels, before anything imports Triton
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore it, and so would what tests start
 
 NUM_CPUS = 14  # of shards; the more fit, the fewer engines are started again
 

@@ -47,12 +47,13 @@ class Tokenizer:
     @classmethod
     def from_source(cls, path: str | Path) -> Tokenizer:
         """path: a folder with tokenizer.json, a .gguf file, or a Hub id. UsageError if there is none."""
-        from transformers import AutoTokenizer
-
         if Path(path).suffix == ".gguf":
             path = converted(path)
+            from transformers import PreTrainedTokenizerFast as Loader  # its class; to find that out imports torch
+        else:
+            from transformers import AutoTokenizer as Loader
         try:
-            tokenizer = AutoTokenizer.from_pretrained(path)
+            tokenizer = Loader.from_pretrained(path)
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UsageError(

@@ -163,6 +163,7 @@ def session_of(pid: int) -> list[int]:
     return [id for id in ids if is_alive(id) and os.getsid(id) == pid]
 
 
+@pytest.mark.slow
 def test_chat(smollm2: Path, reference):
     """Turns that build on each other; Ctrl-C stops an answer but not the chat; Ctrl-D ends it."""
     command = [*RAYLLM, "chat", str(smollm2), "--device", "cpu", "--max-model-len", "1024", "--max-tokens", "600"]

@@ -35,8 +35,11 @@ CHATS = [
 PROMPTS = [*TEXTS, *([{"role": "user", "content": text}] for text in CHATS)]
 UNCACHED = WHOLE | {"enable_prefix_caching": False}
 LENGTH = 32
+QUICKEST = ("llama-1-tight", "llama-2-tight", "qwen2-2-tight")
+"""What runs with every `make test`: the hardest setup, and engines that other tests use too."""
 
 
+@pytest.mark.slow
 def test_smollm2(engines, reference):
     """20 prompts of very different lengths, batched and chunked."""
     llm = engines("smollm2", **SMOLLM2)
@@ -84,8 +87,7 @@ def make_prompts(rng: random.Random) -> list[list[int]]:
         pytest.param(
             *(name, size, config),
             id=f"{name}-{size}-{kind}",
-            # as on two shards, but easier
-            marks=[pytest.mark.slow] if size == 1 and (name, kind) != ("llama", "tight") else [],
+            marks=[] if f"{name}-{size}-{kind}" in QUICKEST else [pytest.mark.slow],
         )
         for size in (1, 2)
         for name in ("llama", "qwen2", "qwen3")

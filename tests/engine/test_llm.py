@@ -248,7 +248,11 @@ def test_refusals_before_ray_starts(model_paths, tmp_path):
     ("arguments", "message"),
     [
         ({"num_gpu_blocks_override": 15}, "max_model_len=128 needs 16 KV cache blocks .* there is room for 15"),
-        ({"kv_cache_memory_bytes": 150_000}, "needs 16 KV cache blocks .* there is room for 11"),
+        pytest.param(
+            {"kv_cache_memory_bytes": 150_000},
+            "needs 16 KV cache blocks .* there is room for 11",
+            marks=pytest.mark.slow,
+        ),
         ({"tensor_parallel_size": 16}, "needs 16 CPU, but the cluster has 14 CPU"),
     ],
 )

@@ -14,6 +14,8 @@ from ray.cluster_utils import Cluster
 
 from rayllm import LLM, EngineDeadError
 
+pytestmark = pytest.mark.slow
+
 ARGUMENTS: dict[str, Any] = {
     "tensor_parallel_size": 2,
     "placement_timeout_s": 3.0,
@@ -64,7 +66,6 @@ def test_two_shards_on_two_nodes(cluster: Cluster, llm: LLM, tiny_models: dict[s
     assert llm.async_llm.engine.trouble == "the cluster had no place for the engine within 3 s"
 
 
-@pytest.mark.slow
 def test_another_node(cluster: Cluster, llm: LLM, tiny_models: dict[str, Path]):
     """It takes the place of one that leaves, and the answers go on."""
     stream = llm.stream([1], greedy(150))

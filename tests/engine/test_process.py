@@ -89,7 +89,11 @@ def freeze_shard(llm: LLM) -> str:
 
 @pytest.mark.parametrize(
     ("harm", "tensor_parallel_size"),
-    [(kill_shard, 2), (kill_driver, 1), pytest.param(freeze_shard, 1, marks=pytest.mark.slow)],
+    [
+        (kill_driver, 1),
+        pytest.param(kill_shard, 2, marks=pytest.mark.slow),
+        pytest.param(freeze_shard, 1, marks=pytest.mark.slow),
+    ],
 )
 def test_an_engine_is_started_again(
     own_engine,

@@ -88,7 +88,7 @@ DISTRIBUTIONS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize(("tensor_parallel_size", "repeats"), [(1, 3), (2, 2)])
+@pytest.mark.parametrize(("tensor_parallel_size", "repeats"), [(1, 3), pytest.param(2, 2, marks=pytest.mark.slow)])
 def test_distributions(engines, reference, rng, tensor_parallel_size: int, repeats: int):
     """All in one batch, so that no row gets another's parameters."""
     llm = engines("llama", tensor_parallel_size, **WHOLE)

@@ -57,7 +57,7 @@ def keeps(prompt: list[int], block_size: int) -> bool:
     [
         pytest.param(1, WHOLE, id="whole"),
         pytest.param(1, CHUNKED, id="chunked"),
-        pytest.param(1, TIGHT, id="tight"),
+        pytest.param(1, TIGHT, id="tight", marks=pytest.mark.slow),  # as on two shards, but easier
         pytest.param(2, TIGHT, id="tight, two shards"),
         pytest.param(1, WHOLE | {"snapkv_policy": "streaming"}, id="streaming"),
     ],

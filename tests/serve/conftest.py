@@ -61,15 +61,14 @@ def smol(deploy_shared: Callable[..., Service], smollm2: Path) -> Service:
 
 
 @pytest.fixture(scope="package")
-def tiny(deploy_shared: Callable[..., Service], smollm2: Path, tiny_text_model: Path) -> Service:
-    """Serves a quick model, as "org/tiny"."""
-    return deploy_shared(
-        "tiny",
-        model=str(tiny_text_model),
-        tokenizer=str(smollm2),
-        served_model_name="org/tiny",
-        block_size=16,
-        max_num_seqs=64,
-        max_num_batched_tokens=512,
-        num_gpu_blocks_override=1024,
-    )
+def tiny_model(smollm2: Path, tiny_text_model: Path) -> dict[str, Any]:
+    """Arguments of engines of a quick model, "org/tiny"."""
+    names = {"model": str(tiny_text_model), "tokenizer": str(smollm2), "served_model_name": "org/tiny"}
+    return names | {"block_size": 16}
+
+
+@pytest.fixture(scope="package")
+def tiny(deploy_shared: Callable[..., Service], tiny_model: dict[str, Any]) -> Service:
+    """Serves the quick model."""
+    limits = {"max_num_seqs": 64, "max_num_batched_tokens": 512, "num_gpu_blocks_override": 1024}
+    return deploy_shared("tiny", **tiny_model, **limits)

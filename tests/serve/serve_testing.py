@@ -6,9 +6,13 @@ import re
 import socket
 import time
 from collections.abc import Callable
+from typing import Any
 
 import httpx
 from openai import OpenAI
+
+TINY: dict[str, Any] = {"model": "org/tiny", "temperature": 1, "ignore_eos": True}
+"""A request's body, but for prompt and length."""
 
 
 def free_port() -> int:

@@ -13,30 +13,24 @@ import psutil
 import pytest
 from ray import serve
 
-from serve.serve_testing import Service, eventually
+from serve.serve_testing import TINY, Service, eventually
+
+pytestmark = pytest.mark.slow
 
 NAME = "failing"
-TINY: dict[str, Any] = {"model": "org/tiny", "temperature": 1, "ignore_eos": True, "seed": 7, "prompt": [5, 6, 7]}
+SEEDED: dict[str, Any] = TINY | {"seed": 7, "prompt": [5, 6, 7]}
 
 
 @pytest.fixture(scope="module")
-def service(deploy, tiny_text_model, smollm2) -> Service:
-    return deploy(
-        NAME,
-        model=str(tiny_text_model),
-        tokenizer=str(smollm2),
-        served_model_name="org/tiny",
-        block_size=16,
-        num_gpu_blocks_override=256,
-        step_timeout_s=3,
-    )
+def service(deploy, tiny_model) -> Service:
+    return deploy(NAME, **tiny_model, num_gpu_blocks_override=256, step_timeout_s=3)
 
 
 @pytest.fixture(autouse=True)
 def healthy_again(service: Service) -> Iterator[None]:
     yield
     eventually(lambda: service.http.get("/health").status_code == 200, 60, "the service to be back")
-    answer = service.http.post("/v1/completions", json=TINY | {"max_tokens": 3})
+    answer = service.http.post("/v1/completions", json=SEEDED | {"max_tokens": 3})
     assert answer.json()["usage"]["completion_tokens"] == 3
     service.assert_idle()
 
@@ -63,7 +57,7 @@ class LongStream:
         self.error: Exception | None = None
         self.has_begun = threading.Event()
         self.service = service
-        self.body = TINY | {"max_tokens": 500}
+        self.body = SEEDED | {"max_tokens": 500}
         self.thread = threading.Thread(target=self._read)
         self.thread.start()
         assert self.has_begun.wait(30)
@@ -92,7 +86,7 @@ def split(body: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in body.items() if k != "ignore_eos"} | {"extra_body": {"ignore_eos": True}}
 
 
-@pytest.mark.parametrize("name", [REPLICA, pytest.param(SHARD, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", [REPLICA, SHARD])
 def test_a_killed_process(service: Service, name: str):
     """Streams go on after a pause; requests meanwhile are answered late or refused at once; /health tells."""
     stream = LongStream(service)
@@ -105,7 +99,7 @@ def test_a_killed_process(service: Service, name: str):
         if answer.status_code == 503:
             assert answer.headers["retry-after"]
             start = time.monotonic()
-            refused = service.http.post("/v1/completions", json=TINY | {"max_tokens": 3})
+            refused = service.http.post("/v1/completions", json=SEEDED | {"max_tokens": 3})
             assert refused.status_code in (200, 503)
             if refused.status_code == 503:
                 assert refused.headers["retry-after"]
@@ -117,7 +111,6 @@ def test_a_killed_process(service: Service, name: str):
     stream.assert_complete()
 
 
-@pytest.mark.slow
 def test_a_stuck_process(service: Service):
     stream = LongStream(service)
     stuck = pid_of(DRIVER)

@@ -15,9 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
-from serve.serve_testing import Service
-
-TINY: dict[str, Any] = {"model": "org/tiny", "temperature": 1, "ignore_eos": True}
+from serve.serve_testing import TINY, Service
 
 
 def requests_of(rng: random.Random, count: int) -> list[dict[str, Any]]:
@@ -118,16 +116,13 @@ def test_the_blocks_of_a_client_that_left_are_free_at_once(tiny: Service, is_str
     tiny.assert_idle()
 
 
-def test_overload(deploy, tiny_text_model, smollm2):
+def test_overload(deploy, tiny_model):
     """A queue of 8, 64 requests at once: each is answered in full, or refused at once with 429."""
     service = deploy(
         "overload",
-        model=str(tiny_text_model),
-        tokenizer=str(smollm2),
-        served_model_name="org/tiny",
+        **tiny_model,
         max_num_seqs=4,
         max_queued_requests=8,
-        block_size=16,
         num_gpu_blocks_override=200,
         max_model_len=512,
         max_queued_tokens=1000,

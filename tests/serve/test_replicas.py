@@ -9,7 +9,6 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -22,26 +21,18 @@ from deployments.router import REFRESH_S
 from deployments.startup import forget, read_failure
 from rayllm.checkpoint.sources import resolve_model
 from rayllm.errors import UsageError
-from serve.serve_testing import Service
+from serve.serve_testing import TINY, Service
 
-TINY: dict[str, Any] = {"model": "org/tiny", "temperature": 1, "ignore_eos": True}
 BLOCK = 16
 PREFIX = 16 * BLOCK
 """Tokens."""
 
 
 @pytest.fixture(scope="module")
-def engine(tiny_text_model: Path, smollm2: Path) -> dict[str, Any]:
+def engine(tiny_model: dict[str, Any]) -> dict[str, Any]:
     """Arguments of engines that hold all prefixes of a test."""
-    return {
-        "model": str(tiny_text_model),
-        "tokenizer": str(smollm2),
-        "served_model_name": "org/tiny",
-        "block_size": BLOCK,
-        "max_num_seqs": 8,
-        "max_model_len": 1024,
-        "num_gpu_blocks_override": 1024,
-    }
+    limits = {"max_num_seqs": 8, "max_model_len": 1024, "num_gpu_blocks_override": 1024}
+    return tiny_model | {"block_size": BLOCK} | limits
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +143,7 @@ def test_shards_have_whole_devices(host: str, engine: dict[str, Any]):
     assert read_failure("half") is None
 
 
+@pytest.mark.slow
 def test_prefixes_keep_to_their_engine(tiny: Service, pair: Service, rng: random.Random):
     """Twenty prefixes, repeated: nearly the hit rate of one engine that sees all, and the load is shared."""
     prefixes = [prompt_of(rng, PREFIX) for _ in range(20)]
@@ -192,6 +184,7 @@ def test_sessions_keep_to_their_engine(pair: Service, rng: random.Random):
     assert len(engines) == 2
 
 
+@pytest.mark.slow
 def test_an_engine_that_dies_is_not_missed(pair: Service, rng: random.Random):
     """What it had goes on on the other one, where new requests go too; none fails."""
     victim = serve.get_deployment_handle("Engine", "pair").status.remote().result()

@@ -12,18 +12,12 @@ from schemathesis.generation import GenerationMode
 
 from serve.serve_testing import Service
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
-def service(deploy, tiny_text_model, smollm2) -> Service:
-    return deploy(
-        "schema",
-        model=str(tiny_text_model),
-        tokenizer=str(smollm2),
-        served_model_name="tiny",
-        max_model_len=48,
-        block_size=16,
-        max_num_seqs=128,
-    )
+def service(deploy, tiny_model) -> Service:
+    return deploy("schema", **tiny_model | {"served_model_name": "tiny"}, max_model_len=48, max_num_seqs=128)
 
 
 @pytest.fixture(scope="module")

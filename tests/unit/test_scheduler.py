@@ -8,12 +8,10 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from shard_model import EOS, Engine, chunk_sizes, rows_of
 
 from rayllm.scheduling import block_manager, scheduler
 from rayllm.scheduling.pruning import MAX_PRUNES, snapkv, streaming
-
-pytest.register_assert_rewrite("shard_model")
-from shard_model import EOS, Engine, chunk_sizes, rows_of  # noqa: E402
 
 STEM = (1, 2, 1, 1, 3, 2, 2, 1, 3, 3, 1, 2, 3, 1, 1, 2)
 """Most prompts begin with a part of it."""

@@ -1,14 +1,17 @@
 """Incremental detokenisation against the whole text, and the tokenizer's edges."""
 
 import random
+import subprocess
+import sys
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as BackendTokenizer
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from rayllm.checkpoint.gguf import converted
 from rayllm.errors import UsageError
 from rayllm.frontend.tokenizer import Detokenizer, Tokenizer
 
@@ -124,6 +127,18 @@ def test_chat_template(byte_level, byte_fallback):
         byte_fallback.apply_chat_template(messages, chat_template="{{ raise_exception('wants a user') }}")
     ids = byte_fallback.apply_chat_template(messages, chat_template="{{ messages[0].role }}.")
     assert byte_fallback.decode(ids) == "user."
+
+
+def test_a_gguf_file_needs_no_torch(smollm2):
+    """And gives what transformers finds for itself."""
+    code = (
+        "import sys; from rayllm.frontend.tokenizer import Tokenizer; "
+        "tokenizer = Tokenizer.from_source(sys.argv[1]); assert 'torch' not in sys.modules; "
+        "print(tokenizer.backend.to_str(), tokenizer._hf.chat_template, end='')"
+    )
+    done = subprocess.run([sys.executable, "-c", code, smollm2], capture_output=True, text=True, check=True, timeout=60)
+    expected = AutoTokenizer.from_pretrained(converted(smollm2))
+    assert done.stdout == f"{expected.backend_tokenizer.to_str()} {expected.chat_template}"
 
 
 def test_sources(byte_level, tmp_path):
