@@ -152,7 +152,7 @@ class EngineConfig:
     """What an engine runs with, made by `EngineArgs.resolve`; its fields are explained there."""
 
     device: DeviceName
-    dtype: Literal["float32", "bfloat16", "float16"]
+    dtype: str
     tensor_parallel_size: int
     max_model_len: int
     max_num_seqs: int
@@ -169,7 +169,7 @@ class EngineConfig:
     min_snapkv_limit: int
     """The least `snapkv_limit` that a request may ask for."""
     snapkv_attn_sample_queries: int
-    snapkv_policy: Literal["snapkv", "streaming"]
+    snapkv_policy: str
     enforce_eager: bool
     seed: int
     step_timeout_s: float

@@ -58,7 +58,7 @@ class AsyncLLM:
             raise UsageError("this engine has been started before: make another")
         args = self._args
         source = resolve_model(args.model, args.load_format, progress=self._progress)
-        self.tokenizer = load_tokenizer(args, source)
+        self.tokenizer = None if args.skip_tokenizer_init else load_tokenizer(args, source)
         engine = Engine(Launcher.connect(args, source, self._address, self._progress), self._progress)
         try:
             self._client = Client(engine, engine.config, source.config, self.tokenizer, engine.host)

@@ -76,7 +76,7 @@ class SequenceUpdate(msgspec.Struct, frozen=True, array_like=True):
     """How long the sequence waited for its first admission, in seconds."""
     logprobs: list[Logprobs] = msgspec.field(default_factory=list)
     prompt_logprobs: list[Logprobs] = msgspec.field(default_factory=list)
-    """With the first token only; the entry of the prompt's first token is left out."""
+    """What is said of the prompt, told with the first token; the prompt's first token has no entry."""
 
 
 class Updates(Message, frozen=True, array_like=True):

@@ -30,7 +30,7 @@ class Plan:
     sequences: list[Sequence] = field(default_factory=list)
     """The sequence of each row."""
     sampled: list[Sequence] = field(default_factory=list)
-    """Those that get a token, in order of rows."""
+    """The sequences that get a token, in order of rows."""
     starts: list[LaneStart] = field(default_factory=list)
     new_blocks: list[NewBlock] = field(default_factory=list)
     pruned: list[int] = field(default_factory=list)
@@ -57,7 +57,7 @@ class StepInFlight:
     sequences: list[Sequence]
     """The sequence of each row."""
     sampled: list[Sequence]
-    """Those that get a token, in order of rows."""
+    """The sequences that get a token, in order of rows."""
 
 
 class Scheduler:
@@ -95,7 +95,7 @@ class Scheduler:
         """All that are not finished, by (client_id, sequence_id)."""
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
-        """In order of arrival, all of them earlier than those that wait."""
+        """They are in order of arrival, all of them earlier than those that wait."""
         self.in_flight: deque[StepInFlight] = deque()
         self.num_preemptions = 0
         self.num_pruned_tokens = 0

@@ -43,7 +43,7 @@ class BlockTable:
     """A sequence's blocks in one KV group."""
 
     blocks: list[int] = field(default_factory=list)
-    """In order of slots: slot i is slot i % block_size of block i // block_size of this list."""
+    """They are in order of slots: slot i is slot i % block_size of block i // block_size of this list."""
     private: list[int] = field(default_factory=list)
     """Blocks for what is kept of the prompt, reserved until it is computed."""
     num_committed: int = 0
