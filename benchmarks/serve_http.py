@@ -282,9 +282,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail  # type: ignore[method-assign]
     parser.add_argument("--url", help="The URL of a running service. Without it, one is started here.")
-    parser.add_argument(
-        "--model", help="The model's name, or without --url its path. Without it, it is the first that --url serves."
-    )
+    parser.add_argument("--model", help="The model's name at --url (the first served by default), or its path.")
     parser.add_argument("--port", type=int, default=8000, help="The port of the service that is started here.")
     parser.add_argument("--api-key", help="The key that the service asks for.")
     parser.add_argument("--concurrency", type=int, required=True, help="Requests in flight.")
@@ -294,19 +292,19 @@ def main() -> None:
         "--max-prompt-len",
         type=int,
         default=LONGEST,
-        help="The longest prompt; shorter ones are scaled with it from at most 1024 tokens.",
+        help="Prompts are scaled down to it from 1024.",
     )
     parser.add_argument(
         "--max-output-len",
         type=int,
         default=LONGEST,
-        help="The longest output; shorter ones are scaled with it from at most 1024 tokens.",
+        help="Outputs are scaled down to it from 1024.",
     )
     parser.add_argument(
         "--seed",
         type=int,
         default=random.getrandbits(32),
-        help="The seed of the token ids. Without it, they are new in every run.",
+        help="The seed of the token ids.",
     )
     arguments = sys.argv[1:]
     end = arguments.index("--") if "--" in arguments else len(arguments)

@@ -44,7 +44,7 @@ def deployer(host: str) -> Iterator[Callable[..., Service]]:
 
 @pytest.fixture(scope="module")
 def deploy(host: str) -> Iterator[Callable[..., Service]]:
-    """A cluster for one module's own applications."""
+    """Deploys the applications of one module."""
     yield from deployer(host)
 
 
