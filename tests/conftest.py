@@ -32,6 +32,7 @@ def pytest_report_header(config: pytest.Config) -> str:
     return f"random inputs: --seed {config.getoption('seed')}"
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that start a Ray of their own run before this process is part of `ray_cluster`, those without Ray last.
 
