@@ -132,8 +132,9 @@ def _words(kind: inspect.Type) -> str:
                 f"an integer, at least {kind.ge}" if kind.le == MAX_INT else f"an integer from {kind.ge} to {kind.le}"
             )
         case inspect.FloatType():
-            low = f"at least {kind.ge}" if kind.gt is None else f"over {kind.gt}"
-            return f"a number {low} and at most {kind.le}"
+            return (
+                f"a number from {kind.ge} to {kind.le}" if kind.gt is None else f"a number over {kind.gt}, to {kind.le}"
+            )
         case inspect.BoolType():
             return "True or False"
         case inspect.StrType():

@@ -47,7 +47,10 @@ def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     [
         (["generate", "nowhere.gguf", "--prompt", "a"], "no file nowhere.gguf"),
         (["chat", "no/such/folder"], "no model at 'no/such/folder'"),
-        (["generate", "m", "--prompt", "a", "--temperature", "-1"], "temperature must be 0 to 100, not -1.0"),
+        (
+            ["generate", "m", "--prompt", "a", "--temperature", "-1"],
+            "temperature must be a number from 0 to 100, not -1.0",
+        ),
         (["generate", "m", "--prompt", "a", "--max-num-seqs", "0"], "max_num_seqs must be at least 1"),
         (["generate", "m", "--prompt", "a", "--max-num-seqs", "many"], "invalid int value: 'many'"),
         (["generate", "m", "--prompt", "a", "--dtype", "int3"], "invalid choice: 'int3'"),

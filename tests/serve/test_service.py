@@ -119,7 +119,7 @@ def test_python_handles(tiny: Service):
     assert "".join(piece["text"] for piece in pieces) == answer["text"]
     both = handle.generate.remote(prompt, max_tokens=4, n=2, seed=1).result()
     assert [choice["index"] for choice in both["choices"]] == [0, 1]
-    with pytest.raises(UsageError, match="temperature must be 0 to 100, not -1"):
+    with pytest.raises(UsageError, match="temperature must be a number from 0 to 100, not -1"):
         handle.generate.remote(prompt, temperature=-1).result()
     with pytest.raises(UsageError, match="model must be one of org/tiny, not 'tiny'") as refused:
         handle.generate.remote(prompt, "tiny").result()
