@@ -24,7 +24,7 @@ NUM_REQUESTS, PROMPT_LEN, OUTPUT_LEN = 8, 128, 64
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, help="a .gguf file")
+    parser.add_argument("model", type=Path, help="A .gguf file.")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     model = AutoModelForCausalLM.from_pretrained(

@@ -23,9 +23,9 @@ LONG_OUTPUT = 512
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="a model, or with --load-format dummy a config.json")
+    parser.add_argument("--model", required=True, help="A model, or with --load-format dummy a config.json.")
     parser.add_argument("--workload", action="append", required=True, choices=WORKLOADS)
-    parser.add_argument("--address", help="of a running Ray cluster; default: start Ray here")
+    parser.add_argument("--address", help="The address of a running Ray cluster. Without it, Ray is started here.")
     add_arguments(parser.add_argument_group("engine"), EngineArgs)
     options = parser.parse_args()
     arguments = dataclasses.asdict(from_arguments(options, EngineArgs)) | {"skip_tokenizer_init": True}

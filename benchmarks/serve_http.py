@@ -281,16 +281,31 @@ def fail(message: str, code: int = 2) -> NoReturn:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail  # type: ignore[method-assign]
-    parser.add_argument("--url", help="of a running service; default: start one here")
-    parser.add_argument("--model", help="its name, default the first that --url serves; without --url its path")
-    parser.add_argument("--port", type=int, default=8000, help="of the service that is started here")
-    parser.add_argument("--api-key", help="for the service")
-    parser.add_argument("--concurrency", type=int, required=True, help="requests in flight")
-    parser.add_argument("--requests", type=int, required=True, help="requests in all")
-    parser.add_argument("--processes", type=int, default=8, help="that send them (8)")
-    parser.add_argument("--max-prompt-len", type=int, default=LONGEST, help="scales prompts down from at most 1024")
-    parser.add_argument("--max-output-len", type=int, default=LONGEST, help="scales outputs down from at most 1024")
-    parser.add_argument("--seed", type=int, default=random.getrandbits(32), help="of the token ids; default: any")
+    parser.add_argument("--url", help="The URL of a running service. Without it, one is started here.")
+    parser.add_argument("--model", help="The model's name at --url (the first served by default), or its path.")
+    parser.add_argument("--port", type=int, default=8000, help="The port of the service that is started here.")
+    parser.add_argument("--api-key", help="The key that the service asks for.")
+    parser.add_argument("--concurrency", type=int, required=True, help="Requests in flight.")
+    parser.add_argument("--requests", type=int, required=True, help="Requests in all.")
+    parser.add_argument("--processes", type=int, default=8, help="Processes that send requests (8).")
+    parser.add_argument(
+        "--max-prompt-len",
+        type=int,
+        default=LONGEST,
+        help="Prompts are scaled down to it from 1024.",
+    )
+    parser.add_argument(
+        "--max-output-len",
+        type=int,
+        default=LONGEST,
+        help="Outputs are scaled down to it from 1024.",
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=random.getrandbits(32),
+        help="The seed of the token ids.",
+    )
     arguments = sys.argv[1:]
     end = arguments.index("--") if "--" in arguments else len(arguments)
     options, flags = parser.parse_args(arguments[:end]), arguments[end + 1 :]

@@ -181,28 +181,28 @@ class Runner(Executor):
         first `prompt_len`, which are in the cache: [5, V]."""
         prunes, last, slot = [], 1, prompt_len
         if policy is not None:
-            [group] = self.groups
-            shape = *group.windows.shape[:2], policy.window, *group.windows.shape[3:]
-            self.groups = [dataclasses.replace(group, windows=group.windows.new_empty(shape))]
-            self.pruner = Pruner(policy, self.groups, self.lanes)
+            [attention] = self.attentions
+            shape = *attention.windows.shape[:2], policy.window, *attention.windows.shape[3:]
+            self.attentions = [dataclasses.replace(attention, windows=attention.windows.new_empty(shape))]
+            self.pruner = Pruner(policy, self.attentions, self.lanes)
             prunes = [Prune(0, kept, [list(range(self.num_blocks, 2 * self.num_blocks))])]
             last, slot = max(policy.window, 1), kept
         first = prompt_len - last
         self.run(first, first, last, self.start(token_ids, prompt_len), prunes)
         self.run(prompt_len, slot, len(token_ids) - prompt_len)
-        logits = self.model.decoder.compute_logits(self.hidden[-6:-1])[:, : self.model.model_config.vocab_size]
+        logits = self.loaded.model.compute_logits(self.hidden[-6:-1])[:, : self.loaded.model_config.vocab_size]
         return logits.double().log_softmax(dim=-1)
 
 
 @dataclass
 class Score:
     exact: list[bool] = field(default_factory=list)
-    """By prompt."""
+    """Whether the answer was exact, for each prompt."""
     kl: list[float] = field(default_factory=list)
-    """The same, the mean over the five digits; empty where it is not known."""
+    """KL divergence from the full cache for each prompt, the mean over the five digits; empty where it is unknown."""
 
     def line(self) -> dict[str, Any]:
-        """With the Wilson interval of the share of exact answers, 95 %."""
+        """The figures, with the 95 % Wilson interval of the share of exact answers."""
         count, share, z2 = len(self.exact), sum(self.exact) / len(self.exact), 1.96**2 / len(self.exact)
         half = (share * (1 - share) * z2 + z2**2 / 4) ** 0.5
         interval = [round((share + z2 / 2 + sign * half) / (1 + z2), 3) for sign in (-1, 1)]
@@ -215,7 +215,7 @@ class Score:
 
 
 Scores = dict[str, dict[str, Score]]
-"""By rule and share of the prompt that is kept."""
+"""Scores by rule and by share of the prompt that is kept."""
 
 
 def show(title: str, scores: Scores) -> None:
@@ -249,7 +249,7 @@ def compare(runner: Runner, prompts: list[Prompt], name: str, after_pruning: boo
 
 
 def through_engine(model: str, prompts: list[Prompt], policy: str, shares: dict[str, float]) -> dict[str, Score]:
-    """By the share's name. Requests of one prompt stand together, so that all but the first find it cached."""
+    """Scores by the share's name. Requests of one prompt stand together, so that all but the first find it cached."""
     requests = [(prompt, name) for prompt in prompts for name in shares]
     token_ids = [prompt.context + prompt.question for prompt, _ in requests]
     kept = [num_kept(len(ids), shares[name]) for ids, (_, name) in zip(token_ids, requests, strict=True)]
@@ -266,9 +266,9 @@ def through_engine(model: str, prompts: list[Prompt], policy: str, shares: dict[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="a model with a chat template")
-    parser.add_argument("--prompts", type=int, default=100, help="answered through the engine")
-    parser.add_argument("--compared", type=int, default=16, help="answered in this process")
+    parser.add_argument("model", help="A model with a chat template.")
+    parser.add_argument("--prompts", type=int, default=100, help="Prompts that are answered through the engine.")
+    parser.add_argument("--compared", type=int, default=16, help="Prompts that are answered in this process.")
     options = parser.parse_args()
     source = resolve_model(options.model)
     tokenizer = Tokenizer.from_source(str(source.tokenizer_path))

@@ -93,13 +93,13 @@ async def run(options: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="a model, or with --load-format dummy a config.json")
-    parser.add_argument("--batch", type=int, default=256, help="sequences that decode together")
-    parser.add_argument("--tokens", type=int, default=256, help="of each of them")
-    parser.add_argument("--decodes", type=int, default=200, help="sequences that decode in mixed steps")
-    parser.add_argument("--chunk", type=int, default=2048, help="prompt tokens in a mixed step")
+    parser.add_argument("--model", required=True, help="A model, or with --load-format dummy a config.json.")
+    parser.add_argument("--batch", type=int, default=256, help="Sequences that decode together.")
+    parser.add_argument("--tokens", type=int, default=256, help="Output tokens of each sequence.")
+    parser.add_argument("--decodes", type=int, default=200, help="Sequences that decode in mixed steps.")
+    parser.add_argument("--chunk", type=int, default=2048, help="Prompt tokens in a mixed step.")
     parser.add_argument("--chunks-per-prompt", type=int, default=4)
-    parser.add_argument("--prompts", type=int, default=16, help="in mixed steps, one after the other")
+    parser.add_argument("--prompts", type=int, default=16, help="Prompts in mixed steps, one after the other.")
     add_arguments(parser.add_argument_group("engine"), EngineArgs)
     asyncio.run(run(parser.parse_args()))
 

@@ -55,7 +55,6 @@ class ApiReplica:
             link = self._links[model.name] = ServeLink(engine, self.config.recovery_timeout_s)
             here = await asyncio.to_thread(source.on_this_node, weights=False)
             tokenizer = await asyncio.to_thread(load_tokenizer, model, here)
-            assert tokenizer is not None
             client = Client(link, engine_config, source.config, tokenizer, local_host())
             served.append(Model(model.name, client, tokenizer, link, int(time.time())))
         return served

@@ -86,7 +86,7 @@ class EngineReplica:
             )
 
         def start() -> Engine:
-            launcher = Launcher(config, source, group)
+            launcher = Launcher.on(group, config, source)
             return Engine(launcher, progress=False, report=self._report, max_restarts=0)  # Serve restarts the replica
 
         self.engine = await loop.run_in_executor(None, start)

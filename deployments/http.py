@@ -20,6 +20,7 @@ from deployments.config import ApiConfig
 from deployments.protocol import ErrorBody, ErrorDetail
 from rayllm import __version__
 from rayllm.errors import EngineDeadError, QueueFullError, UsageError
+from rayllm.sampling_params import SamplingParams
 
 logger = logging.getLogger("ray.serve")
 
@@ -85,7 +86,9 @@ def _explain(message: str) -> tuple[str, str | None]:
     path = re.sub(r"^(`key` in )?`\$\.?(.*)`$", r"\2", place)
     if named := re.fullmatch(r"Object (contains unknown|missing required) field `(.*)`", what):
         field = f"{path}.{named[2]}" if path else named[2]
-        return f"{field} is " + ("missing" if named[1][0] == "m" else "not supported by this server"), field
+        return f"{field} is " + ("missing" if named[1].startswith("missing") else "not supported by this server"), field
+    if (refused := re.fullmatch(r"Invalid enum value (.*)", what)) and path in SamplingParams.__struct_fields__:
+        return f"{path} must be {SamplingParams.allowed(path)}, not {refused[1]}", path
     what = what[:1].lower() + what[1:]
     return (f"{path}: {what}", path) if path else (what, None)
 
@@ -112,7 +115,7 @@ class Endpoint:
     @property
     def summary(self) -> str:
         """What it does: the first line of the handler's docstring."""
-        return (self.handler.__doc__ or "").splitlines()[0]
+        return (self.handler.__doc__ or "").partition("\n")[0]
 
 
 class Events:

@@ -19,9 +19,9 @@ SINKS = 4
 """First tokens of a prompt, which pruning always keeps (attention sinks, arXiv:2309.17453)."""
 
 
-def min_snapkv_limit(num_window_queries: int) -> int:
-    """How many tokens of a prompt pruning always keeps: the first ones and the window."""
-    return SINKS + num_window_queries
+def blocks_for(num_tokens: int, block_size: int) -> int:
+    """How many KV cache blocks have room for so many tokens."""
+    return -(-num_tokens // block_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +88,7 @@ class EngineArgs(Options):
             check(getattr(self, name) is None or getattr(self, name) >= 1, name, "at least 1")
         check(self.max_model_len is None or self.max_model_len >= 2, "max_model_len", "at least 2")
         check(self.snapkv_attn_sample_queries >= 2, "snapkv_attn_sample_queries", "at least 2")
-        least = min_snapkv_limit(self.snapkv_attn_sample_queries)
+        least = self._min_snapkv_limit
         check(self.snapkv_limit >= least, "snapkv_limit", f"at least {least}, the tokens that are always kept")
         check(0 < self.gpu_memory_utilization <= 1, "gpu_memory_utilization", "over 0 and at most 1")
         check(self.placement_timeout_s >= 0, "placement_timeout_s", "at least 0")
@@ -125,13 +125,19 @@ class EngineArgs(Options):
             "max_model_len": self.max_model_len or longest,
             "max_num_batched_tokens": self.max_num_batched_tokens or max(least_tokens, 8192 if is_gpu else 1024),
             "step_timeout_s": self.step_timeout_s or (10.0 if is_gpu else 300.0),
+            "min_snapkv_limit": self._min_snapkv_limit,
         }
-        given = {field.name: getattr(self, field.name) for field in fields(EngineConfig)}
+        given = {field.name: getattr(self, field.name) for field in fields(EngineConfig) if field.name not in decided}
         return EngineConfig(**given | decided)
 
     def check_model(self, model: ModelConfig) -> None:
         """Raises `UsageError` for what cannot work with `model` on any device: a CPU refuses least."""
         self.resolve(model, "cpu" if self.device == "auto" else self.device)
+
+    @property
+    def _min_snapkv_limit(self) -> int:
+        """Tokens of a prompt that pruning always keeps: the first ones and the window."""
+        return SINKS + self.snapkv_attn_sample_queries
 
     def _dtype(self, model_dtype: str, device: DeviceName) -> str:
         if self.dtype != "auto":
@@ -146,7 +152,7 @@ class EngineConfig:
     """What an engine runs with, made by `EngineArgs.resolve`; its fields are explained there."""
 
     device: DeviceName
-    dtype: Literal["float32", "bfloat16", "float16"]
+    dtype: str
     tensor_parallel_size: int
     max_model_len: int
     max_num_seqs: int
@@ -160,14 +166,11 @@ class EngineConfig:
     enable_prefix_caching: bool
     enable_snapkv: bool
     snapkv_limit: int
+    min_snapkv_limit: int
+    """The least `snapkv_limit` that a request may ask for."""
     snapkv_attn_sample_queries: int
-    snapkv_policy: Literal["snapkv", "streaming"]
+    snapkv_policy: str
     enforce_eager: bool
     seed: int
     step_timeout_s: float
     placement_timeout_s: float
-
-    @property
-    def min_snapkv_limit(self) -> int:
-        """The least `snapkv_limit` that a request may ask for."""
-        return min_snapkv_limit(self.snapkv_attn_sample_queries)

@@ -13,12 +13,14 @@ from msgspec import Meta, inspect
 
 from rayllm.errors import UsageError
 
-MAX_INT = 2**31 - 1
-"""Largest count and token id: what an int32 holds."""
+MAX_ID = 2**31 - 1
+"""The largest token id that an int32 holds."""
+MAX_INT = 2**63 - 1
+"""The largest number that travels: as good as no limit."""
 MAX_CHOICES = 128
 MAX_LOGPROBS = 64
 
-TokenId = Annotated[int, Meta(ge=0, le=MAX_INT)]
+TokenId = Annotated[int, Meta(ge=0, le=MAX_ID)]
 NumChoices = Annotated[int, Meta(ge=1, le=MAX_CHOICES)]
 Temperature = Annotated[float, Meta(ge=0, le=100)]
 TopP = Annotated[float, Meta(gt=0, le=1)]
@@ -27,7 +29,7 @@ MinP = Annotated[float, Meta(ge=0, le=1)]
 RepetitionPenalty = Annotated[float, Meta(gt=0, le=100)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 LogitBias = dict[TokenId, Annotated[float, Meta(ge=-100, le=100)]]
-Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+Seed = Annotated[int, Meta(ge=-(2**63), le=MAX_INT)]
 MaxTokens = Annotated[int, Meta(ge=1, le=MAX_INT)]
 MinTokens = Annotated[int, Meta(ge=0, le=MAX_INT)]
 StopString = Annotated[str, Meta(min_length=1)]
@@ -99,8 +101,13 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             try:
                 msgspec.convert(value, hint)
             except msgspec.ValidationError:
-                return UsageError(f"{name} must be {_words(inspect.type_info(hint))}, not {value!r}", name)
+                return UsageError(f"{name} must be {self.allowed(name)}, not {value!r}", name)
         raise AssertionError("every field is of its type")
+
+    @staticmethod
+    def allowed(name: str) -> str:
+        """What the field of that name may be, for an error message."""
+        return _words(inspect.type_info(_HINTS[name]))
 
     @property
     def stop_strings(self) -> list[str]:
@@ -121,9 +128,12 @@ def _words(kind: inspect.Type) -> str:
         case inspect.UnionType():
             return ", or ".join(map(_words, kind.types))
         case inspect.IntType():
-            return f"an integer from {kind.ge} to {kind.le}"
+            return (
+                f"an integer, at least {kind.ge}" if kind.le == MAX_INT else f"an integer from {kind.ge} to {kind.le}"
+            )
         case inspect.FloatType():
-            return f"{kind.ge} to {kind.le}" if kind.gt is None else f"over {kind.gt} and at most {kind.le}"
+            low = f"at least {kind.ge}" if kind.gt is None else f"over {kind.gt}"
+            return f"a number {low} and at most {kind.le}"
         case inspect.BoolType():
             return "True or False"
         case inspect.StrType():

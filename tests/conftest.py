@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import random
 import signal
@@ -13,6 +14,8 @@ from typing import Any
 import pytest
 from tiny_configs import LLAMA3_ROPE, SIZES
 from xdist.scheduler import LoadScopeScheduling
+
+pytest.register_assert_rewrite("shard_model")
 
 pytest.register_assert_rewrite("shard_model")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # shards and references share few cores here
@@ -79,7 +82,10 @@ def smollm2_folder(smollm2: Path) -> Path:
     import transformers
 
     folder = smollm2.parent / "smollm2-transformers"
-    if not folder.exists():
+    with open(smollm2.parent / "smollm2-transformers.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # several workers want it
+        if folder.exists():
+            return folder
         auto = transformers.AutoModelForCausalLM
         read = auto.from_pretrained(smollm2.parent, gguf_file=smollm2.name, dtype=torch.float32)
         del read.config.quantization_config  # it is no longer quantised

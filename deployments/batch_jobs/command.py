@@ -18,11 +18,7 @@ def _add_batch(parser: argparse.ArgumentParser) -> None:
         help="A .jsonl or .parquet file, a folder of such, or a quoted glob; the README says what is in them.",
     )
     add_flag(parser, "output", required=True, help="The folder of the answers.")
-    add_flag(
-        parser,
-        "address",
-        help=ADDRESS_HELP,
-    )
+    add_flag(parser, "address", help=ADDRESS_HELP)
     add_arguments(parser.add_argument_group("engines"), BatchConfig)
 
 

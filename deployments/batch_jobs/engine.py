@@ -156,9 +156,8 @@ class JobEngine:
             raise
 
     def _start(self, args: BatchConfig, config: EngineConfig, source: ModelSource, group: PlacementGroup) -> None:
-        engine = Engine(Launcher(config, source, group), progress=False, report=self._slots.report.remote)
+        engine = Engine(Launcher.on(group, config, source), progress=False, report=self._slots.report.remote)
         tokenizer = load_tokenizer(args, source.on_this_node(weights=False))
-        assert tokenizer is not None
         client = Client(engine, config, source.config, tokenizer, engine.host)
         self._model = args.name
         self._service = Service([Model(args.name, client, tokenizer, engine, int(time.time()))], ServiceMetrics())

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.util
-import logging
 import signal
 import sys
 import threading
@@ -27,7 +26,7 @@ from deployments.batch_jobs.output import Job, JobOutput
 from deployments.config import BatchConfig
 from rayllm.checkpoint.sources import ModelSource, resolve_model
 from rayllm.config import EngineConfig
-from rayllm.engine import placement
+from rayllm.engine import placement, ray_private
 from rayllm.errors import EngineDeadError, UsageError
 from rayllm.frontend.tokenizer import load_tokenizer
 from rayllm.progress import Progress
@@ -119,9 +118,7 @@ def _stream(
 
     from deployments.batch_jobs.source import RowSource
 
-    for handler in logging.getLogger("ray.data").handlers:
-        if handler.name == "console":
-            handler.setLevel(logging.CRITICAL)  # what ends a job is told in one line; Ray's log file has the rest
+    ray_private.quiet_ray_data()  # what ends a job is told in one line; Ray's log file has the rest
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_no_progress_timeout_s = -1  # engines are watched where they are

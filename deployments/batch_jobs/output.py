@@ -15,7 +15,7 @@ from rayllm.errors import UsageError
 PERIOD_S = 1.0
 """Shortest time between two parts."""
 PERIOD_SHARE = 0.01
-"""The same as a share of the time since the start: a job of any length has some hundred parts, and loses 1 % when it
+"""That time as a share of the time since the start: a job of any length has some hundred parts, and loses 1 % when it
 is killed."""
 
 

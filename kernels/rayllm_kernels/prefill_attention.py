@@ -247,10 +247,10 @@ def prefill_attention(
     """Attention of P chunks, one after the other: query i of chunk p sees its sequence's keys
     0 … kv_lens[p] − qlen_p + i.
 
-    q: [T, Hq, D], contiguous along D. kv: of the P sequences; unused slots of its caches must be finite (zeros will do:
-    FlashAttention-4 multiplies them by a weight of 0). cu_seqlens_q: [P + 1] int32, where each chunk starts, and where
-    the last ends. max_seqlen_q: an upper bound of the chunks' lengths, known to the host. Returns [T, Hq, D] in q's
-    dtype; rows before the first chunk and after the last are left undefined.
+    q: [T, Hq, D], contiguous along D. kv: the cache of the P sequences, whose unused slots must be finite (zeros will
+    do: FlashAttention-4 multiplies them by a weight of 0). cu_seqlens_q: [P + 1] int32, where each chunk starts, and
+    where the last ends. max_seqlen_q: an upper bound of the chunks' lengths, known to the host. Returns [T, Hq, D] in
+    q's dtype; rows before the first chunk and after the last are left undefined.
 
     On CUDA the launch depends on shapes and host numbers alone, so that a graph can capture it.
     """

@@ -31,14 +31,14 @@ def fetch(url: str, patterns: Sequence[str], track: Track) -> Path:
     try:
         from pyarrow.fs import FileSelector, FileSystem, FileType
     except ImportError:
-        raise UsageError(f"to read {url}, pyarrow is needed: pip install 'rayllm[bucket]'") from None
+        raise UsageError(f"to read {url}, pyarrow is needed: pip install 'rayllm[bucket]'", "model") from None
     folder = folder_of(url)
     folder.mkdir(parents=True, exist_ok=True)
     try:
         system, path = FileSystem.from_uri(url)
         found = system.get_file_info(path)
         if found.type == FileType.NotFound:
-            raise UsageError(f"there is nothing at {url}")
+            raise UsageError(f"there is nothing at {url}", "model")
         is_folder = found.type == FileType.Directory
         files = system.get_file_info(FileSelector(path)) if is_folder else [found]
         wanted = [
@@ -50,7 +50,7 @@ def fetch(url: str, patterns: Sequence[str], track: Track) -> Path:
             fcntl.flock(lock, fcntl.LOCK_EX)
             _copy(system, [info for info in wanted if not _is_there(info, folder)], folder, track)
     except (OSError, ValueError) as error:
-        raise UsageError(f"{url} cannot be read: {' '.join(str(error).split())}") from None
+        raise UsageError(f"{url} cannot be read: {' '.join(str(error).split())}", "model") from None
     return folder if is_folder else folder / found.base_name
 
 

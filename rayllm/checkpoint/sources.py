@@ -41,7 +41,7 @@ class ModelSource:
     """The Hub id or URL that it comes from. Its paths are then this node's own, and weights may still be missing."""
 
     def on_this_node(self, *, weights: bool, track: Track = untracked) -> ModelSource:
-        """The same on the node where this is called, fetched if need be; without `weights` only what is small.
+        """The model on the node where this is called, fetched if need be; without `weights` only what is small.
 
         Raises UsageError if it is not there.
         """
@@ -49,7 +49,8 @@ class ModelSource:
             return _fetched(self.origin, self.format == "dummy", weights, track)
         if not Path(self.path).exists():
             raise UsageError(
-                f"{self.path} is not on this node: give a path that all nodes share, a Hub id or a URL such as s3://…"
+                f"{self.path} is not on this node: give a path that all nodes share, a Hub id or a URL such as s3://…",
+                "model",
             )
         return self
 
@@ -73,7 +74,8 @@ def resolve_model(model: str, load_format: Literal["auto", "dummy"] = "auto", pr
     if not path.is_dir():
         raise UsageError(
             f"no model at {model!r}: give a folder with config.json and .safetensors files, a .gguf file, a Hub id or "
-            "a URL"
+            "a URL",
+            "model",
         )
     return _folder(path, is_dummy)
 
@@ -93,7 +95,7 @@ def _bar(items: Sequence[T], stage: str) -> Iterator[T]:
 
 def _gguf(file: Path, progress: bool) -> ModelSource:
     if not file.is_file():
-        raise UsageError(f"no file {file}")
+        raise UsageError(f"no file {file}", "model")
     folder = converted(file, progress)
     config = read_config(_read_json(folder / "config.json"))
     return ModelSource(str(file.resolve()), "gguf", config, str(folder))
@@ -101,13 +103,15 @@ def _gguf(file: Path, progress: bool) -> ModelSource:
 
 def _folder(folder: Path, is_dummy: bool, has_weights: bool = True) -> ModelSource:
     if not (folder / "config.json").is_file():
-        raise UsageError(f"{folder} has no config.json: it is not a Hugging Face model folder")
+        raise UsageError(f"{folder} has no config.json: it is not a Hugging Face model folder", "model")
     generation = folder / "generation_config.json"
     config = read_config(_read_json(folder / "config.json"), _read_json(generation) if generation.is_file() else None)
     if not is_dummy and has_weights and not any(folder.glob("*.safetensors")):
         pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt*"))
         found = "only pickled weights, which can run code" if pickled else "no weights"
-        raise UsageError(f"{folder} has {found}: rayllm reads .safetensors (or load_format='dummy': random ones)")
+        raise UsageError(
+            f"{folder} has {found}: rayllm reads .safetensors (or load_format='dummy': random ones)", "model"
+        )
     path = str(folder.resolve())
     return ModelSource(
         path, "dummy" if is_dummy else "safetensors", config, path if any(folder.glob("tokenizer*")) else None
@@ -124,7 +128,8 @@ def _download(repo: str, patterns: list[str]) -> Path:
         reason = str(error).strip().splitlines()[0]
         raise UsageError(
             f"{repo!r} is no local path and could not be downloaded from the Hugging Face Hub "
-            f"({type(error).__name__}: {reason}): check the name and the network, or pass a local folder"
+            f"({type(error).__name__}: {reason}): check the name and the network, or pass a local folder",
+            "model",
         ) from error
 
 

@@ -170,7 +170,7 @@ class Driver:
         self._senders = [Sender(inbox.seen_from(own_node)) for inbox, _ in ready]
         self._shard_runs = [shard.run.remote(address) for shard in self._shards]
         threading.Thread(target=self._watch, daemon=True).start()
-        return EngineInfo(address, sum(num_blocks), prefill_backend=ready[0][1])
+        return EngineInfo(address, min(num_blocks), prefill_backend=ready[0][1])
 
     @ray.method(concurrency_group="control")
     def progress(self) -> Progress:

@@ -73,8 +73,9 @@ class Engine:
         self._clients: dict[Address, int] = {}
         """The numbers by which the driver knows them."""
         self._num_clients = 0
+        self._watchers: list[asyncio.Task[None]] = []
         self._pending: dict[tuple[int, int], asyncio.Future[None]] = {}
-        """Sequences that have not ended, by (client, sequence)."""
+        """Sequences that have not ended, by (client_id, sequence_id)."""
         try:
             shown: AbstractContextManager[Any] = ProgressBar() if progress else nullcontext(report)
             with shown as show:
@@ -115,18 +116,18 @@ class Engine:
         Raises `EngineDeadError` when it cannot end any more.
         """
         to_driver = self._attach()
-        if (number := self._clients.get(client)) is None:
-            number = self._clients[client] = self._num_clients
+        if (client_id := self._clients.get(client)) is None:
+            client_id = self._clients[client] = self._num_clients
             self._num_clients += 1
-            to_driver.send(AddClient(number, client.seen_from(self.info.address.node_id)))
-        key = number, sequence.sequence_id
+            to_driver.send(AddClient(client_id, client.seen_from(self.info.address.node_id)))
+        key = client_id, sequence.sequence_id
         ended = self._pending[key] = asyncio.get_running_loop().create_future()
-        to_driver.send(AddSequence(number, sequence))
+        to_driver.send(AddSequence(client_id, sequence))
         try:
             await ended
         finally:
             if self._pending.pop(key, None) is not None and self._death is None:
-                to_driver.send(Abort(number, [sequence.sequence_id]))
+                to_driver.send(Abort(client_id, [sequence.sequence_id]))
 
     async def recover(self) -> bool:
         """Starts driver and shards again where they were, unless that has been done, or was done too often."""

@@ -32,16 +32,9 @@ STOP_TIMEOUT_S = 5.0
 class Launcher:
     """Starts and stops the driver and shards of an engine, on resources that it holds until `close`."""
 
-    def __init__(
-        self, config: EngineConfig, source: ModelSource, placement_group: PlacementGroup, held: ExitStack | None = None
-    ):
-        """`placement_group` is what Ray has reserved for the engine, with the bundles of `placement.bundles_of`.
-
-        `held` is what `close` gives back, the last first; None: nothing, and what the engine needs is not compiled yet.
-        """
-        if held is None:
-            held = ExitStack()
-            _compile_ahead(config, source, held)
+    def __init__(self, config: EngineConfig, source: ModelSource, placement_group: PlacementGroup, held: ExitStack):
+        """`placement_group` is what Ray has reserved for the engine, with the bundles of `placement.bundles_of`; `held`
+        is what `close` gives back, the last first."""
         self.config = config
         self.source = source
         self.node_id: str = ray.get_runtime_context().get_node_id()
@@ -65,14 +58,27 @@ class Launcher:
         """
         args.check_model(source.config)
         with ExitStack() as held:
-            with contextlib.suppress(UsageError):  # "auto" may yet be a CPU, which takes other arguments
-                _compile_ahead(args.resolve(source.config, "cpu" if args.device == "cpu" else "cuda"), source, held)
+            if args.device != "cpu":
+                with contextlib.suppress(UsageError):  # "auto" may yet be a CPU, which takes other arguments
+                    _compile_ahead(args.resolve(source.config, "cuda"), source, held)
             if placement.connect(address, min_cpus=args.tensor_parallel_size):
                 held.callback(ray.shutdown)
             config = args.resolve(source.config, placement.choose_device(args.device))
             group = placement.reserve(config.tensor_parallel_size, config.device, config.placement_timeout_s, progress)
             held.callback(placement.release, group)
-            return cls(config, source, group, held.pop_all())
+            launcher = cls(config, source, group, held)
+            launcher._held = held.pop_all()
+        return launcher
+
+    @classmethod
+    def on(cls, placement_group: PlacementGroup, config: EngineConfig, source: ModelSource) -> Launcher:
+        """One for resources that others have reserved, and give back."""
+        with ExitStack() as held:
+            if config.device == "cuda":
+                _compile_ahead(config, source, held)
+            launcher = cls(config, source, placement_group, held)
+            launcher._held = held.pop_all()
+        return launcher
 
     def has_place(self) -> bool:
         """Whether the cluster has the resources, on other nodes if some have left; waits `placement_timeout_s`."""
@@ -131,7 +137,7 @@ class Launcher:
 
 def _compile_ahead(config: EngineConfig, source: ModelSource, held: ExitStack) -> None:
     """Compiles for a GPU while Ray and the engine's processes start; `held` ends it."""
-    if config.device == "cuda" and (process := precompile.start(config, source.config)):
+    if process := precompile.start(config, source.config):
         threading.Thread(target=process.wait, daemon=True).start()  # lest it stays as a zombie
         held.callback(process.kill)
 

@@ -86,11 +86,11 @@ def choose_device(requested: DeviceName | Literal["auto"]) -> DeviceName:
     """CUDA for "auto" where the cluster has GPUs or its autoscaler may add some. Touches no GPU."""
     if requested != "auto":
         return requested
-    nodes = _nodes()
-    if not _can_hold(nodes, [{"GPU": 1}], "PACK"):
+    nodes, shard = _nodes(), SHARD["cuda"]
+    if not _can_hold(nodes, [shard], "PACK"):
         addable = _addable_nodes(count=1)
-        nodes = [{"GPU": 1}] if addable is None else nodes + addable
-    return "cuda" if _can_hold(nodes, [{"GPU": 1}], "PACK") else "cpu"
+        nodes = [shard] if addable is None else nodes + addable
+    return "cuda" if _can_hold(nodes, [shard], "PACK") else "cpu"
 
 
 def bundles_of(tensor_parallel_size: int, device: DeviceName) -> list[Resources]:

@@ -1,10 +1,12 @@
 """All use of what Ray does not promise to keep, one small function for each contract.
 
-`tests/serve/test_ray_private.py` exercises each by name, so that a version of Ray that breaks one fails there.
+`tests/serve/test_ray_private.py` and `tests/engine/test_placement.py` exercise each by name, so that a version of Ray
+that breaks one fails there.
 """
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import grpc
@@ -107,6 +109,16 @@ def has_autoscaler_elsewhere() -> bool:
     Contract: `ray.autoscaler.v2.utils.is_autoscaler_v2`, and for older ones the key "__autoscaling_status".
     """
     return bool(is_autoscaler_v2(fetch_from_server=True) or _internal_kv_exists("__autoscaling_status"))
+
+
+def quiet_ray_data() -> None:
+    """Leaves what Ray Data logs to its file.
+
+    Contract: the logger "ray.data", once `ray.data` is imported, has the handler "console".
+    """
+    for handler in logging.getLogger("ray.data").handlers:
+        if handler.name == "console":
+            handler.setLevel(logging.CRITICAL)
 
 
 def serve_http_options() -> tuple[str, int]:

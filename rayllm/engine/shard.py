@@ -84,11 +84,11 @@ class Shard:
         node_id = ray.get_runtime_context().get_node_id()
         shared = numbers, DTYPES[config.dtype]
         tp = process_group.join(self.rank, config.tensor_parallel_size, store, self.device, node_id, shared)
-        self.model = load_model(config, source, tp, self.device, self._tracker.track)
+        self.loaded = load_model(config, source, tp, self.device, self._tracker.track)
         self._tracker.stage("compiling kernels")
-        warm_up.compile_kernels(self.model)
+        warm_up.compile_kernels(self.loaded)
         self._tracker.stage("measuring memory")
-        return warm_up.count_blocks(self.model)
+        return warm_up.count_blocks(self.loaded)
 
     def start(self, num_blocks: list[int], host: str | None) -> tuple[Address, str]:
         """Makes the KV cache and captures graphs; returns the address that steps are to be sent to, and what prefill
@@ -97,10 +97,13 @@ class Shard:
         `host` None: the driver is on this node.
         """
         from rayllm.runner.executor import Executor
+        from rayllm.runner.loading import attention_backend
 
-        self.executor = Executor(self.model, num_blocks, capture=True, track=self._tracker.track)
+        self.executor = Executor(self.loaded, num_blocks, capture=True, track=self._tracker.track)
         self._inbox: Receiver[StepInput | Stop] = Receiver(StepInput | Stop, host)
-        return self._inbox.address(ray.get_runtime_context().get_node_id()), self.model.prefill_backend()
+        return self._inbox.address(ray.get_runtime_context().get_node_id()), attention_backend(
+            self.config, self.source.config
+        )
 
     @ray.method(concurrency_group="control")
     def progress(self) -> Progress:
@@ -110,7 +113,7 @@ class Shard:
     @ray.method(concurrency_group="control")
     def stats(self) -> ShardStats:
         """Facts about this process; `load` must have ended."""
-        return ShardStats(os.getpid(), self.model.bytes_read, self.device.peak_memory())
+        return ShardStats(os.getpid(), self.loaded.bytes_read, self.device.peak_memory())
 
     def run(self, driver: Address) -> None:
         """Executes steps until told to stop. Rank 0 answers on a thread of its own, so that the next step is launched

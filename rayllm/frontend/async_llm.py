@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 from rayllm.checkpoint.sources import resolve_model
-from rayllm.config import EngineArgs
+from rayllm.config import EngineArgs, EngineConfig
 from rayllm.engine.engine import Engine
 from rayllm.engine.launcher import Launcher
 from rayllm.errors import UsageError
@@ -28,8 +28,10 @@ class AsyncLLM:
     """
 
     tokenizer: Tokenizer | None
-    """None with skip_tokenizer_init. This and the engine are there once it is started."""
+    """None with skip_tokenizer_init. This and what follows are there once the engine is started."""
     engine: Engine
+    config: EngineConfig
+    """What the engine runs with, everything decided."""
 
     def __init__(self, model: str, *, address: str | None = None, progress: bool = True, **arguments: Any):
         """Raises `UsageError` for arguments that can never work."""
@@ -56,9 +58,14 @@ class AsyncLLM:
             raise UsageError("this engine has been started before: make another")
         args = self._args
         source = resolve_model(args.model, args.load_format, progress=self._progress)
-        self.tokenizer = load_tokenizer(args, source)
-        self.engine = Engine(Launcher.connect(args, source, self._address, self._progress), self._progress)
-        self._client = Client(self.engine, self.engine.config, source.config, self.tokenizer, self.engine.host)
+        self.tokenizer = None if args.skip_tokenizer_init else load_tokenizer(args, source)
+        engine = Engine(Launcher.connect(args, source, self._address, self._progress), self._progress)
+        try:
+            self._client = Client(engine, engine.config, source.config, self.tokenizer, engine.host)
+        except BaseException:
+            engine.close()
+            raise
+        self.engine, self.config = engine, engine.config
 
     def close(self) -> None:
         """Ends the engine, if it was started; requests that are not finished raise `EngineDeadError`."""

@@ -116,10 +116,8 @@ class Tokenizer:
         return self.encode(text, add_special_tokens=False)  # the template writes them itself
 
 
-def load_tokenizer(args: EngineArgs, source: ModelSource) -> Tokenizer | None:
-    """The tokenizer that the arguments name, or else the model's own; None if they skip it."""
-    if args.skip_tokenizer_init:
-        return None
+def load_tokenizer(args: EngineArgs, source: ModelSource) -> Tokenizer:
+    """The tokenizer that the arguments name, or else the model's own; raises `UsageError` if there is none."""
     if (path := args.tokenizer or source.tokenizer_path) is None:
         raise UsageError(
             f"{source.path} has no tokenizer: name one with tokenizer, or set skip_tokenizer_init", "tokenizer"

@@ -74,9 +74,9 @@ class SequenceUpdate(msgspec.Struct, frozen=True, array_like=True):
     """Prompt tokens whose KV was given up."""
     queue_s: float = 0.0
     """How long the sequence waited for its first admission, in seconds."""
-    logprobs: list[Logprobs] = []
-    prompt_logprobs: list[Logprobs] = []
-    """With the first token only; the entry of the prompt's first token is left out."""
+    logprobs: list[Logprobs] = msgspec.field(default_factory=list)
+    prompt_logprobs: list[Logprobs] = msgspec.field(default_factory=list)
+    """What is said of the prompt, told with the first token; the prompt's first token has no entry."""
 
 
 class Updates(Message, frozen=True, array_like=True):

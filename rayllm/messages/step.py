@@ -8,6 +8,8 @@ sequence's state on the shards, 0 ≤ lane < max_num_seqs.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import msgspec
 from msgspec.structs import astuple
 
@@ -20,6 +22,14 @@ from how many of them, the last ones, the next token is sampled."""
 GROUP_FIELDS = ("first_slot", "kv_len")
 """The numbers that follow for each KV group: the slot of the row's first token, counted through the lane's block table,
 and how many slots its last token attends to, its own among them."""
+
+
+def row(
+    lane: int, position: int, num_tokens: int, num_samples: int, slots: Iterable[tuple[int, int]]
+) -> tuple[int, ...]:
+    """The numbers of one row; `slots` are (first_slot, kv_len) of each KV group."""
+    return lane, position, num_tokens, num_samples, *(number for pair in slots for number in pair)
+
 
 # driver → shards
 

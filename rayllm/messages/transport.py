@@ -41,6 +41,7 @@ class Address(msgspec.Struct, frozen=True):
     remote: str | None
 
     def seen_from(self, node_id: str) -> str:
+        """Where senders of that node connect; they can if it is the inbox's own, or the inbox has a remote address."""
         if node_id == self.node_id:
             return self.local
         assert self.remote is not None, "the inbox is open to its own node only"
@@ -73,6 +74,7 @@ class Receiver(Generic[M]):
         self._watched: dict[Any, tuple[Sender, M]] = {}
 
     def address(self, node_id: str) -> Address:
+        """The address to tell others; `node_id` is this node's."""
         return Address(node_id, self.local, self.remote)
 
     def watch(self, sender: Sender, message: M) -> None:
@@ -101,6 +103,7 @@ class Receiver(Generic[M]):
         return [own.fileno() for own in self._sockets]
 
     def close(self) -> None:
+        """Drops what was not received, and removes the inbox's folder."""
         for own in self._sockets:
             own.close()
         shutil.rmtree(self._folder)

@@ -1,4 +1,4 @@
 """The models that rayllm runs: one decoder, whose configurations the architectures are.
 
-It knows nothing of batches, of caches, or of the files that weights come from.
+It knows what checkpoints call their tensors, but reads no file; and nothing of batches or caches.
 """

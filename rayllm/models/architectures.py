@@ -13,30 +13,32 @@ from typing import Any
 from rayllm.errors import UsageError
 from rayllm.model_config import LayerConfig
 
-Config = Mapping[str, Any]
+ConfigJson = Mapping[str, Any]
 """The content of a config.json."""
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
-def alike(config: Config, num_layers: int) -> tuple[LayerConfig, ...]:
+def alike(config: ConfigJson, num_layers: int) -> tuple[LayerConfig, ...]:
     """Layers that all see everything."""
     return (LayerConfig(),) * num_layers
 
 
-def windowed(config: Config, num_layers: int) -> tuple[LayerConfig, ...]:
+def windowed(config: ConfigJson, num_layers: int) -> tuple[LayerConfig, ...]:
     """Layers that all have the same window, unless it is null."""
     return (LayerConfig(window=config.get("sliding_window", 4096)),) * num_layers
 
 
-def windowed_above(config: Config, num_layers: int) -> tuple[LayerConfig, ...]:
+def windowed_above(config: ConfigJson, num_layers: int) -> tuple[LayerConfig, ...]:
     """Layers of which `layer_types`, or else those from `max_window_layers` on, have a window if that is in use."""
-    first = config.get("max_window_layers", 28)
+    first = config.get("max_window_layers", 28) if config.get("use_sliding_window") else num_layers
+    if not isinstance(first, int):
+        raise UsageError(f"config.json: max_window_layers must be an integer, not {first!r}")
     kinds = layer_types(config, [SLIDING if layer >= first else FULL for layer in range(num_layers)])
     window = config.get("sliding_window", 4096) if config.get("use_sliding_window") else None
     return tuple(LayerConfig(window=window if kind == SLIDING else None) for kind in kinds)
 
 
-def rotated_in_part(config: Config, num_layers: int) -> tuple[LayerConfig, ...]:
+def some_unrotated(config: ConfigJson, num_layers: int) -> tuple[LayerConfig, ...]:
     """Layers that are not rotated where `no_rope_layers` has a 0, or else every `no_rope_layer_interval`-th; only
     those have a window, if one is in use, unless `layer_types` say otherwise."""
     interval = positive(config, "no_rope_layer_interval", 4)
@@ -51,7 +53,7 @@ def rotated_in_part(config: Config, num_layers: int) -> tuple[LayerConfig, ...]:
     )
 
 
-def layer_types(config: Config, default: list[str]) -> list[str]:
+def layer_types(config: ConfigJson, default: list[str]) -> list[str]:
     """config.json's `layer_types`, or `default`; raises UsageError unless there is a known one for each layer."""
     kinds: list[str] = config.get("layer_types") or default
     if unknown := set(kinds) - {FULL, SLIDING}:
@@ -69,7 +71,7 @@ class Architecture:
     """The architecture's name in config.json."""
     class_name: str
     """The class in transformers, which config.json's `architectures` names."""
-    layers: Callable[[Config, int], tuple[LayerConfig, ...]] = alike
+    layers: Callable[[ConfigJson, int], tuple[LayerConfig, ...]] = alike
     """The kinds of the layers, given config.json and their number."""
     head_dim: int | None = None
     """What head_dim is where config.json does not say; None: hidden_size / num_attention_heads."""
@@ -111,7 +113,7 @@ ARCHITECTURES = (
     Architecture(
         "smollm3",
         "SmolLM3ForCausalLM",
-        rotated_in_part,
+        some_unrotated,
         rope_theta=2000000.0,
         tie_word_embeddings=True,
         biases=("attention_bias", "mlp_bias"),
@@ -139,7 +141,7 @@ def gguf_architecture(name: str) -> Architecture:
     return records[name]
 
 
-def positive(config: Config, key: str, default: int | None = None) -> int:
+def positive(config: ConfigJson, key: str, default: int | None = None) -> int:
     """config.json's `key`, or `default` where that is absent or null; raises UsageError unless it is an integer ≥ 1."""
     value = config.get(key)
     value = default if value is None else value

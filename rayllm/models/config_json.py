@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 from rayllm.errors import UsageError
 from rayllm.model_config import ModelConfig, RopeScaling
-from rayllm.models.architectures import Config, architecture_of, positive
+from rayllm.models.architectures import ConfigJson, architecture_of, positive
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn", "factors")
 DTYPES = ("bfloat16", "float16", "float32")
 
 
-def read_config(config: Config, generation_config: Mapping[str, Any] | None = None) -> ModelConfig:
+def read_config(config: ConfigJson, generation_config: ConfigJson | None = None) -> ModelConfig:
     """The model that config.json and, if there is one, generation_config.json describe.
 
     Raises UsageError for anything that would not be computed exactly as transformers does.
@@ -63,12 +61,12 @@ def read_config(config: Config, generation_config: Mapping[str, Any] | None = No
     )
 
 
-def _eos_ids(config: Mapping[str, Any]) -> list[int]:
+def _eos_ids(config: ConfigJson) -> list[int]:
     ids = config.get("eos_token_id")
     return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
 
-def _rope(config: Config, default_theta: float, max_positions: int) -> tuple[float, RopeScaling | None]:
+def _rope(config: ConfigJson, default_theta: float, max_positions: int) -> tuple[float, RopeScaling | None]:
     """θ and the scaling, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (4)."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     theta = float(rope.get("rope_theta") or config.get("rope_theta") or default_theta)
@@ -98,7 +96,7 @@ def _rope(config: Config, default_theta: float, max_positions: int) -> tuple[flo
     )
 
 
-def _yarn_attention_factor(rope: Mapping[str, Any], factor: float) -> float:
+def _yarn_attention_factor(rope: ConfigJson, factor: float) -> float:
     """The square root of 1/t of YaRN, section 3.4; DeepSeek's `mscale` pair replaces it."""
     if (given := rope.get("attention_factor")) is not None:
         return float(given)

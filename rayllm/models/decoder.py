@@ -169,7 +169,7 @@ class Decoder(nn.Module):
         return logits
 
     def pack(self) -> None:
-        """Makes the loaded weights ready for speed; they cannot be loaded again."""
+        """Makes the loaded weights ready for speed; they can perhaps not be loaded again."""
         kinds = ColumnParallelLinear | RowParallelLinear | VocabParallelHead
         for module in [module for module in self.modules() if isinstance(module, kinds)]:
             module.pack()  # one by one: what is packed is free before the next

@@ -1,10 +1,12 @@
-"""A shard's device, and all that depends on its kind but for kernels and CUDA graphs."""
+"""A shard's device: memory, copies and clocks, whatever its kind."""
 
 from __future__ import annotations
 
 import math
 import os
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +26,7 @@ class Device:
 
     @property
     def is_cuda(self) -> bool:
+        """Whether it is a GPU."""
         return self.torch_device.type == "cuda"
 
     def put(self, array: np.ndarray, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -47,6 +50,20 @@ class Device:
         """Whether each of these GPUs of this node can read the others' memory."""
         return all(torch.cuda.can_device_access_peer(i, j) for i in indices for j in indices if i != j)
 
+    def use(self) -> None:
+        """Makes it the current device of this thread."""
+        if self.is_cuda:
+            torch.cuda.set_device(self.torch_device)
+
+    @contextmanager
+    def measuring(self) -> Iterator[Callable[[], int]]:
+        """On a GPU: what it yields tells how many bytes more than before the block held at most, once it has ended."""
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        peak = 0
+        yield lambda: peak - before
+        peak = torch.cuda.max_memory_allocated()
+
     def peak_memory(self) -> int:
         """Most bytes that tensors of this process occupied at once; of the whole process on a CPU."""
         if self.is_cuda:
@@ -68,8 +85,8 @@ class HostCopies:
             return tensor
         return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
-    def close(self) -> None:
-        """To be called when all copies are added."""
+    def record(self) -> None:
+        """Marks the point after which all copies are there."""
         if self._is_cuda:
             self._event = torch.cuda.Event()
             self._event.record()
@@ -88,9 +105,11 @@ class Stopwatch:
         self._lap: list[Any] = []
 
     def start(self) -> None:
+        """Begins, on the device, when what was launched before has ended."""
         self._lap = [self._now()]
 
     def stop(self) -> None:
+        """Ends, on the device, when what was launched before has ended."""
         self._lap.append(self._now())
 
     def seconds(self) -> float:

@@ -11,7 +11,7 @@ from rayllm.messages.step import StepInput
 from rayllm.model_config import KVGroup
 from rayllm.progress import Track, untracked
 from rayllm.runner import kv_cache
-from rayllm.runner.attention import FullAttention, StepAttention
+from rayllm.runner.attention import AttentionByLayer, FullAttention
 from rayllm.runner.cuda_graphs import ModelOutput, StepGraphs, graph_shapes
 from rayllm.runner.device import DTYPES, Stopwatch
 from rayllm.runner.lanes import Lanes
@@ -35,49 +35,50 @@ class Executor:
 
     @torch.inference_mode()
     def __init__(
-        self, model: LoadedModel, num_blocks: Sequence[int], *, capture: bool = False, track: Track = untracked
+        self, loaded: LoadedModel, num_blocks: Sequence[int], *, capture: bool = False, track: Track = untracked
     ):
-        config = model.config
-        self.model = model
+        config = loaded.config
+        self.loaded = loaded
         policy = make_policy(config)
         self._max_prunes = min(MAX_PRUNES, config.max_num_seqs) if policy else 0
         self._window = policy.window if policy else 0
-        self.groups = [
+        self.attentions = [
             self._attention(group, number)
-            for group, number in zip(model.model_config.kv_groups, num_blocks, strict=True)
+            for group, number in zip(loaded.model_config.kv_groups, num_blocks, strict=True)
         ]
-        self.lanes = Lanes(config.max_num_seqs, config.max_model_len, config.block_size, num_blocks, model.device)
-        self.sampler = Sampler(self.lanes, model.model_config.vocab_size, model.tp)
-        self.pruner = Pruner(policy, self.groups, self.lanes) if policy else None
-        captures = capture and model.device.is_cuda and not config.enforce_eager
+        """One for each KV group."""
+        self.lanes = Lanes(config.max_num_seqs, config.max_model_len, config.block_size, num_blocks, loaded.device)
+        self.sampler = Sampler(self.lanes, loaded.model_config.vocab_size, loaded.tp)
+        self.pruner = Pruner(policy, self.attentions, self.lanes) if policy else None
+        captures = capture and loaded.device.is_cuda and not config.enforce_eager
         self._graphs = StepGraphs(self.forward, self.lanes, self.graph_shapes if captures else [], track)
 
     def _attention(self, group: KVGroup, num_blocks: int) -> FullAttention:
-        model, config = self.model.model_config, self.model.config
-        keys, values = kv_cache.allocate(config, model, group, self.model.device, num_blocks)
-        heads = model.num_attention_heads // self.model.tp.size
-        windows = (len(group.layers), self._max_prunes, self._window, heads, model.head_dim)
+        config, model_config, device = self.loaded.config, self.loaded.model_config, self.loaded.device
+        keys, values = kv_cache.allocate(config, model_config, group, device, num_blocks)
+        heads = model_config.num_attention_heads // self.loaded.tp.size
+        windows = (len(group.layers), self._max_prunes, self._window, heads, model_config.head_dim)
         return FullAttention(
             layers=group.layers,
             keys=keys,
             values=values,
-            windows=torch.empty(windows, dtype=DTYPES[config.dtype], device=self.model.device.torch_device),
-            scale=model.head_dim**-0.5,
+            windows=torch.empty(windows, dtype=DTYPES[config.dtype], device=device.torch_device),
+            scale=model_config.head_dim**-0.5,
         )
 
     @property
     def graph_shapes(self) -> list[Shape]:
         """The sizes of steps that are captured."""
-        config = self.model.config
+        config = self.loaded.config
         return graph_shapes(config.max_num_seqs, config.max_num_batched_tokens, config.max_model_len, self._max_prunes)
 
     @torch.inference_mode()
     def execute(self, step: StepInput) -> PendingOutput:
         """Computes `step`. On a GPU this returns when all is queued; `PendingOutput.wait` waits for the tokens."""
-        device = self.model.device
+        device = self.loaded.device
         began, on_device, pruning = time.perf_counter(), Stopwatch(device), Stopwatch(device)
         self.lanes.apply(step)
-        rows = Rows.of(step, len(self.groups))
+        rows = Rows.of(step, len(self.attentions))
         own = Shape.of(rows)
         shape = self._graphs.find(own)
         packed = pack(rows, shape or own, self.lanes.padding)
@@ -103,15 +104,15 @@ class Executor:
 
     def forward(self, inputs: ModelInput, logits_out: torch.Tensor | None = None) -> ModelOutput:
         """The whole of a step's computation but for pruning, as a CUDA graph captures it."""
-        decoder = self.model.decoder
-        hidden = decoder(inputs.token_ids, inputs.positions, StepAttention(self.groups, inputs))
-        logits = decoder.compute_logits(hidden[inputs.sample_tokens], logits_out)
+        model = self.loaded.model
+        hidden = model(inputs.token_ids, inputs.positions, AttentionByLayer(self.attentions, inputs))
+        logits = model.compute_logits(hidden[inputs.sample_tokens], logits_out)
         token_ids = self.sampler.draw(logits, inputs.sample_lanes, inputs.sample_positions)
         return ModelOutput(hidden, logits, token_ids)
 
     def _prompt_logprobs(self, rows: Rows, hidden: torch.Tensor) -> list[PromptPart]:
         """What is said of the prompt tokens that follow each chunk's tokens."""
-        model, ends = self.model, rows.ends
+        loaded, ends = self.loaded, rows.ends
         parts = []
         for row in range(rows.num_decodes, len(rows.lanes)):
             lane, start = int(rows.lanes[row]), int(rows.positions[row])
@@ -125,7 +126,7 @@ class Executor:
             for first in range(start, end, PROMPT_LOGPROB_ROWS):
                 last = min(first + PROMPT_LOGPROB_ROWS, end)
                 states = hidden[first_token + first - start : first_token + last - start]
-                logits = model.tp.all_gather(model.decoder.compute_logits(states))[:, : model.model_config.vocab_size]
+                logits = loaded.tp.all_gather(loaded.model.compute_logits(states))[:, : loaded.model_config.vocab_size]
                 targets = self.lanes.token_ids[lane, first + 1 : last + 1].long()
                 parts.append(PromptPart(row, first + 1, top_logprobs(logits.float(), targets, wanted)))
         return parts

@@ -6,7 +6,7 @@ import os
 
 import torch
 
-from rayllm.config import EngineConfig
+from rayllm.config import EngineConfig, blocks_for
 from rayllm.errors import UsageError
 from rayllm.model_config import KVGroup, ModelConfig
 from rayllm.runner.device import DTYPES, Device
@@ -21,7 +21,7 @@ def count_blocks(config: EngineConfig, model: ModelConfig, device: Device, activ
     every token. Raises `UsageError` with both numbers when one sequence of `max_model_len` tokens does not fit.
     """
     token_bytes = model.kv_bytes_per_token(DTYPES[config.dtype].itemsize, config.tensor_parallel_size)
-    needed = -(-config.max_model_len // config.block_size)
+    needed = blocks_for(config.max_model_len, config.block_size)
     if config.num_gpu_blocks_override is not None:
         room = config.num_gpu_blocks_override
     else:

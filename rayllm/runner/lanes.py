@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from rayllm.config import blocks_for
 from rayllm.messages.step import LaneStart, NewBlock, Prune, StepInput
 from rayllm.runner.device import Device
 from rayllm.sampling_params import SamplingParams
@@ -21,7 +22,7 @@ FOREVER = 2**31 - 1
 class Lanes:
     """`num_lanes` lanes and one more, the last, which padding rows use; its block tables name the spare blocks.
 
-    `num_blocks`: of each KV group's cache, without the spare one, which comes after them.
+    `num_blocks` are the sizes of the KV groups' caches without the spare block, which comes last.
     """
 
     def __init__(self, num_lanes: int, max_model_len: int, block_size: int, num_blocks: Sequence[int], device: Device):
@@ -43,9 +44,9 @@ class Lanes:
             return torch.full(shape, fill, dtype=dtype, device=device.torch_device)
 
         self.token_ids = on_device(rows, max_model_len + 1, dtype=torch.int32)
-        columns = -(-max_model_len // block_size)
+        columns = blocks_for(max_model_len, block_size)
         self.block_tables = [on_device(rows, columns, dtype=torch.int32, fill=number) for number in num_blocks]
-        """For each KV group, [rows, columns]."""
+        """One for each KV group, [rows, columns]."""
         self.seeds = on_device(rows, dtype=torch.int64)
         self.prompt_lens = on_device(rows, dtype=torch.int64)
         self._floats = on_device(rows, 6, dtype=torch.float32)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import accumulate
 
 import numpy as np
 import torch
 
+from rayllm.config import blocks_for
 from rayllm.messages.step import GROUP_FIELDS, ROW_FIELDS, StepInput
 from rayllm.runner.lanes import Lanes
 
@@ -38,36 +41,37 @@ class Rows:
         width = len(ROW_FIELDS) + len(GROUP_FIELDS) * num_groups
         columns = np.frombuffer(step.rows, np.int32).reshape(-1, width).T
         lanes, positions, num_tokens, num_samples = columns[: len(ROW_FIELDS)]
+        of_groups = columns[len(ROW_FIELDS) :].reshape(num_groups, len(GROUP_FIELDS), -1)
         return cls(
             lanes=lanes,
             positions=positions,
             num_tokens=num_tokens,
             num_samples=num_samples,
-            first_slots=columns[len(ROW_FIELDS) :: 2],
-            kv_lens=columns[len(ROW_FIELDS) + 1 :: 2],
+            first_slots=of_groups[:, 0],
+            kv_lens=of_groups[:, 1],
             pruned=np.array([prune.row for prune in step.prunes], np.int32),
             num_decodes=step.num_decodes,
         )
 
-    @property
+    @cached_property
     def ends(self) -> np.ndarray:
         """[R]: the index of the first token after each row's, in the step's flat tokens."""
         return np.cumsum(self.num_tokens)
 
-    @property
-    def is_sampled(self) -> np.ndarray:
-        """[R] bool"""
-        return self.num_samples > 0
+    @cached_property
+    def sampled(self) -> np.ndarray:
+        """[S]: the rows that are sampled from."""
+        return np.flatnonzero(self.num_samples)
 
-    @property
+    @cached_property
     def sample_lanes(self) -> np.ndarray:
         """[S]"""
-        return self.lanes[self.is_sampled]
+        return self.lanes[self.sampled]
 
-    @property
+    @cached_property
     def sample_positions(self) -> np.ndarray:
         """[S]: where in their lanes the sampled tokens go."""
-        return (self.positions + self.num_tokens)[self.is_sampled]
+        return (self.positions + self.num_tokens)[self.sampled]
 
 
 @dataclass(frozen=True)
@@ -88,10 +92,10 @@ class Shape:
         """The step's own sizes, without padding."""
         n = rows.num_decodes
         return cls(
-            num_tokens=int(rows.num_tokens.sum()),
+            num_tokens=int(rows.ends[-1]),
             num_decodes=n,
             num_chunks=len(rows.lanes) - n,
-            num_samples=int(rows.num_samples.sum()),
+            num_samples=len(rows.sampled),
             max_seqlen_q=int(rows.num_tokens[n:].max(initial=0)),
             max_kv_len=int(rows.kv_lens.max()),
             num_prunes=len(rows.pruned),
@@ -131,6 +135,16 @@ class Shape:
         return sum(self.parts(num_groups).values())
 
 
+@lru_cache(maxsize=256)  # the shapes of graphs, and of late steps that run without
+def _places(shape: Shape, num_groups: int) -> dict[str, slice]:
+    """Where each part lies in `pack`'s array."""
+    ends = accumulate(shape.parts(num_groups).values())
+    return {
+        name: slice(end - length, end)
+        for (name, length), end in zip(shape.parts(num_groups).items(), ends, strict=True)
+    }
+
+
 def pack(rows: Rows, shape: Shape, padding: int) -> np.ndarray:
     """All that the host knows of a step, padded to `shape`, as one int64 array for `unpack`.
 
@@ -139,13 +153,17 @@ def pack(rows: Rows, shape: Shape, padding: int) -> np.ndarray:
     """
     num_groups = len(rows.kv_lens)
     packed = np.zeros(shape.packed_size(num_groups), np.int64)
-    parts = shape.parts(num_groups)
-    part = dict(zip(parts, np.split(packed, np.cumsum(list(parts.values()))[:-1]), strict=True))
+    part = {name: packed[place] for name, place in _places(shape, num_groups).items()}
     for name in ("lanes", "row_lanes", "sample_lanes"):
         part[name][:] = padding
     part["sample_positions"][:] = 1
-    n, ends = rows.num_decodes, rows.ends
-    num_tokens, num_chunks, num_samples = int(rows.num_tokens.sum()), len(rows.lanes) - n, int(rows.num_samples.sum())
+    n, ends, num_chunks, num_samples = (
+        rows.num_decodes,
+        rows.ends,
+        len(rows.lanes) - rows.num_decodes,
+        len(rows.sampled),
+    )
+    num_tokens = int(ends[-1]) if len(ends) else 0
 
     part["lanes"][:num_tokens] = np.repeat(rows.lanes, rows.num_tokens)
     index = np.arange(num_tokens)
@@ -164,7 +182,7 @@ def pack(rows: Rows, shape: Shape, padding: int) -> np.ndarray:
     part["cu_seqlens_q"][0] = n
     part["cu_seqlens_q"][1 : num_chunks + 1] = ends[n:]
 
-    part["sample_tokens"][:num_samples] = ends[rows.is_sampled] - 1
+    part["sample_tokens"][:num_samples] = ends[rows.sampled] - 1
     part["sample_lanes"][:num_samples] = rows.sample_lanes
     part["sample_positions"][:num_samples] = rows.sample_positions
     part["window_ends"][: len(rows.pruned)] = ends[rows.pruned]
@@ -215,8 +233,7 @@ class ModelInput:
 
 def unpack(packed: torch.Tensor, shape: Shape, lanes: Lanes) -> ModelInput:
     """The step's tensors, from `pack`'s array on the device and the lanes' state."""
-    parts = shape.parts(len(lanes.block_tables))
-    part = dict(zip(parts, packed.split(list(parts.values())), strict=True))
+    part = {name: packed[place] for name, place in _places(shape, len(lanes.block_tables)).items()}
     return ModelInput(
         shape=shape,
         token_ids=lanes.token_ids[part["lanes"], part["positions"]],
@@ -232,7 +249,7 @@ def unpack(packed: torch.Tensor, shape: Shape, lanes: Lanes) -> ModelInput:
 
 def _group_inputs(part: dict[str, torch.Tensor], shape: Shape, lanes: Lanes) -> Iterator[GroupInput]:
     size, num_groups = lanes.block_size, len(lanes.block_tables)
-    columns = -(-shape.max_kv_len // size)
+    columns = blocks_for(shape.max_kv_len, size)
     slots, kv_lens = (part[name].view(num_groups, -1) for name in ("slots", "kv_lens"))
     for table, own_slots, own_lens in zip(lanes.block_tables, slots, kv_lens.int(), strict=True):
         blocks = table[part["lanes"], own_slots // size].long()

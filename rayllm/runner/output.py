@@ -51,7 +51,7 @@ class PendingOutput:
         self._token_ids = self._copies.add(token_ids)
         self._logprobs = None if logprobs is None else logprobs.copied(self._copies)
         self._prompts = [PromptPart(part.row, part.start, part.logprobs.copied(self._copies)) for part in prompts]
-        self._copies.close()
+        self._copies.record()
 
     def wait(self) -> StepOutput:
         """Blocks until the tokens are there. May be called on another thread than the one that executes."""

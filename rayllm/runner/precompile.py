@@ -30,7 +30,8 @@ IMPOSSIBLE = OSError, KeyError, importlib.metadata.PackageNotFoundError
 
 
 def start(config: EngineConfig, model: ModelConfig) -> subprocess.Popen[bytes] | None:
-    """None where it has been done, or cannot be. `config` is resolved, for CUDA. The caller ends the process."""
+    """Starts the process that compiles, for a `config` of a GPU; the caller ends it. None where that has been done, or
+    cannot be."""
     is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""  # as Ray hides GPUs from actors that ask for none
     if config.dtype == "float32" or is_hidden or not GPU_DRIVER.exists():
         return None
@@ -45,7 +46,7 @@ def start(config: EngineConfig, model: ModelConfig) -> subprocess.Popen[bytes] |
 
 
 def wait() -> None:
-    """Until no such process is at work on this machine."""
+    """Waits until no such process is at work on this machine."""
     if GPU_DRIVER.exists():
         with contextlib.suppress(*IMPOSSIBLE), _lock(fcntl.LOCK_SH):
             pass
@@ -73,6 +74,7 @@ def _lock(kind: int) -> Iterator[None]:
 
 
 def main() -> None:
+    """What that process does; its arguments are the dtype, query and KV heads, head_dim and block_size."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.alarm(TIMEOUT_S)
     dtype_name, *sizes = sys.argv[1:]

@@ -31,47 +31,47 @@ SCORES: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int, float
     "snapkv": window_scores,
     "streaming": _recency,
 }
-"""By policy: what each key of a prompt is worth to each KV head of each layer, [L, Hkv, kv_len] float32, finite, from
-(q, k_cache, block_table, kv_len, scale) as `rayllm_kernels.window_scores` takes them."""
+"""The function of each policy that says what each key of a prompt is worth to each KV head of each layer: [L, Hkv,
+kv_len] float32, finite, from (q, k_cache, block_table, kv_len, scale) as `rayllm_kernels.window_scores` takes them."""
 
 
 class Pruner:
     """Prunes prompts by `policy` in all layers of the KV groups that keep every token."""
 
-    def __init__(self, policy: PruningPolicy, groups: Sequence[FullAttention], lanes: Lanes):
+    def __init__(self, policy: PruningPolicy, attentions: Sequence[FullAttention], lanes: Lanes):
         self._policy = policy
-        self._groups = groups
+        self._attentions = attentions
         self._lanes = lanes
 
     def prune(self, prunes: list[Prune], rows: Rows) -> None:
         """Copies what each prompt keeps into its new blocks, which its lane has from then on."""
         put = self._lanes.device.put
         for i, (prune, lane) in enumerate(zip(prunes, rows.lanes[rows.pruned].tolist(), strict=True)):
-            for number, group in enumerate(self._groups):
-                new_table = put(np.array(prune.block_tables[number], np.int32))
-                kv_len = int(rows.kv_lens[number, prune.row])
-                self._prune_prompt(group, i, self._lanes.block_tables[number][lane], kv_len, prune.num_kept, new_table)
+            for group, attention in enumerate(self._attentions):
+                table, new_table = self._lanes.block_tables[group][lane], prune.block_tables[group]
+                kv_len, num_kept = int(rows.kv_lens[group, prune.row]), prune.num_kept
+                self._prune_prompt(attention, i, table, kv_len, num_kept, put(np.array(new_table, np.int32)))
         self._lanes.replace_tables(rows.lanes[rows.pruned], prunes)
 
     def prune_nothing(self, kv_len: int) -> None:
         """Prunes a prompt of so many tokens, as it were, within the spare block: to compile and to measure."""
-        for group, tables in zip(self._groups, self._lanes.block_tables, strict=True):
+        for attention, tables in zip(self._attentions, self._lanes.block_tables, strict=True):
             table = tables[self._lanes.padding]
-            self._prune_prompt(group, 0, table, kv_len, min(self._policy.limit, kv_len), table)
+            self._prune_prompt(attention, 0, table, kv_len, min(self._policy.limit, kv_len), table)
 
     def _prune_prompt(
         self,
-        group: FullAttention,
+        attention: FullAttention,
         index: int,
         table: torch.Tensor,
         kv_len: int,
         num_kept: int,
         new_table: torch.Tensor,
     ) -> None:
-        """The step's prompt of that index, in as many layers at a time as `SCORES_AT_ONCE` allows."""
+        """Prunes the step's prompt of that index, in as many layers at a time as `SCORES_AT_ONCE` allows."""
         always = {"sinks": SINKS, "window": self._policy.window, "pool_width": self._policy.pool_width}
-        size = max(1, SCORES_AT_ONCE // (kv_len * group.keys.shape[3]))
-        layers = (x.split(size) for x in (group.windows[:, index], group.keys, group.values))
+        size = max(1, SCORES_AT_ONCE // (kv_len * attention.keys.shape[3]))
+        layers = (x.split(size) for x in (attention.windows[:, index], attention.keys, attention.values))
         for queries, keys, values in zip(*layers, strict=True):
-            scores = SCORES[self._policy.name](queries, keys, table, kv_len, group.scale)
+            scores = SCORES[self._policy.name](queries, keys, table, kv_len, attention.scale)
             compact_kv(keys, values, table, select_kept(scores, num_kept, **always), new_table)

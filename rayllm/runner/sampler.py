@@ -26,7 +26,7 @@ class LogprobTensors:
     """[S], from 1."""
 
     def copied(self, copies: HostCopies) -> LogprobTensors:
-        """The same on the host, to be read after `copies.wait()`."""
+        """A copy on the host, to be read after `copies.wait()`."""
         return LogprobTensors(copies.add(self.token_ids), copies.add(self.logprobs), copies.add(self.ranks))
 
     def entries(self) -> list[Logprobs]:

@@ -6,13 +6,13 @@ Both run steps on an executor of their own, which is gone when they end.
 from __future__ import annotations
 
 import gc
-from array import array
 
 import torch
 from rayllm_kernels import compiling
 
+from rayllm.config import blocks_for
 from rayllm.messages.base import pack_ids
-from rayllm.messages.step import LaneStart, StepInput
+from rayllm.messages.step import LaneStart, StepInput, row
 from rayllm.runner import kv_cache, precompile
 from rayllm.runner.executor import Executor
 from rayllm.runner.loading import LoadedModel
@@ -21,11 +21,11 @@ from rayllm.sampling_params import SamplingParams
 
 
 @torch.inference_mode()
-def compile_kernels(model: LoadedModel) -> None:
+def compile_kernels(loaded: LoadedModel) -> None:
     """Compiles the kernels of all kinds of steps, many at a time: one by one, as they run, takes far longer."""
-    if not model.device.is_cuda:
+    if not loaded.device.is_cuda:
         return
-    executor = Executor(model, [1] * len(model.model_config.kv_groups))
+    executor = Executor(loaded, [1] * len(loaded.model_config.kv_groups))
     lanes = executor.lanes
     decodes = [shape for shape in executor.graph_shapes if not shape.num_chunks]
     chunked = [shape for shape in executor.graph_shapes if shape.num_chunks]
@@ -33,29 +33,27 @@ def compile_kernels(model: LoadedModel) -> None:
         for shape in (*decodes[:2], decodes[-1], chunked[0], chunked[-1]):
             if shape.num_chunks:
                 precompile.wait()
-            packed = model.device.put(pack_padding(shape, lanes.padding, len(lanes.block_tables)))
+            packed = loaded.device.put(pack_padding(shape, lanes.padding, len(lanes.block_tables)))
             output = executor.forward(unpack(packed, shape, lanes))
         executor.sampler.launch_filter(output.logits)
         if executor.pruner is not None:
-            executor.pruner.prune_nothing(model.config.max_model_len)
+            executor.pruner.prune_nothing(loaded.config.max_model_len)
 
 
-def count_blocks(model: LoadedModel) -> list[int]:
+def count_blocks(loaded: LoadedModel) -> list[int]:
     """KV cache blocks of each group that fit beside the weights and the largest step. Raises `UsageError` when one
     sequence of `max_model_len` tokens does not fit."""
-    activation_bytes = _measure_largest_step(model) if model.device.is_cuda else 0
-    return kv_cache.count_blocks(model.config, model.model_config, model.device, activation_bytes)
+    activation_bytes = _measure_largest_step(loaded) if loaded.device.is_cuda else 0
+    return kv_cache.count_blocks(loaded.config, loaded.model_config, loaded.device, activation_bytes)
 
 
 @torch.inference_mode()
-def _measure_largest_step(model: LoadedModel) -> int:
-    """Bytes that an executor needs beside weights and cache in the largest step, with all that sampling can ask for."""
-    config, num_groups = model.config, len(model.model_config.kv_groups)
+def _measure_largest_step(loaded: LoadedModel) -> int:
+    """Bytes that an executor needs beside weights and cache, lanes and windows included, in the largest step and with
+    all that sampling can ask for."""
+    config, num_groups = loaded.config, len(loaded.model_config.kv_groups)
     length = min(config.max_num_batched_tokens // config.max_num_seqs, config.max_model_len - 1)
-    num_blocks = -(-length // config.block_size)
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    executor = Executor(model, [num_blocks] * num_groups)
+    num_blocks = blocks_for(length, config.block_size)
     lanes = range(config.max_num_seqs)
     step = StepInput(
         incarnation=0,
@@ -74,17 +72,18 @@ def _measure_largest_step(model: LoadedModel) -> int:
             for lane in lanes
         ],
         new_blocks=[],
-        rows=array("i", [n for lane in lanes for n in (lane, 0, length, 1, *(0, length) * num_groups)]).tobytes(),
+        rows=pack_ids(number for lane in lanes for number in row(lane, 0, length, 1, [(0, length)] * num_groups)),
         num_decodes=0,
     )
-    cache_bytes = sum(cache.nbytes for group in executor.groups for cache in (group.keys, group.values))
-    executor.execute(step).wait()
-    activation_bytes = torch.cuda.max_memory_allocated() - before - cache_bytes
+    with loaded.device.measuring() as whole:
+        executor = Executor(loaded, [num_blocks] * num_groups)
+        executor.execute(step).wait()
+    cache_bytes = sum(cache.nbytes for attention in executor.attentions for cache in (attention.keys, attention.values))
+    activation_bytes = whole() - cache_bytes
     if executor.pruner is not None:  # beside what graphs hold
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        executor.pruner.prune_nothing(config.max_model_len)
-        activation_bytes += torch.cuda.max_memory_allocated() - before
+        with loaded.device.measuring() as pruning:
+            executor.pruner.prune_nothing(config.max_model_len)
+        activation_bytes += pruning()
     del executor
     gc.collect()
     torch.cuda.empty_cache()

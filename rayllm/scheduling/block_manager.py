@@ -27,14 +27,14 @@ def block_hash(parent: bytes, token_ids: bytes) -> bytes:
 class BlockManager:
     """Blocks 0 … num_blocks - 1 of one KV group, each of `block_size` slots; the group's layers attend to everything.
 
-    `group` is its index in `Sequence.block_tables`.
+    `index` is that of the group, in `Sequence.block_tables` too.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True, group: int = 0):
+    def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True, index: int = 0):
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
-        self.group = group
+        self._index = index
         self._ref_counts = [0] * num_blocks
         self._hashes: list[bytes | None] = [None] * num_blocks
         self._prefixes: list[Prefix | None] = [None] * num_blocks
@@ -45,14 +45,12 @@ class BlockManager:
 
     @property
     def num_free_blocks(self) -> int:
+        """Blocks that no sequence holds, cached ones among them."""
         return len(self._free)
-
-    def blocks_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.block_size)
 
     def table(self, seq: Sequence) -> BlockTable:
         """The group's blocks of `seq`."""
-        return seq.block_tables[self.group]
+        return seq.block_tables[self._index]
 
     def find_cached(self, seq: Sequence, window: int = 0) -> list[int]:
         """The longest run of cached blocks that `seq` starts with; leaves one token at least to compute, and the last

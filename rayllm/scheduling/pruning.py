@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rayllm.config import EngineConfig
+from rayllm.config import EngineConfig, blocks_for
 from rayllm.sampling_params import SnapkvLimit
 
 MAX_PRUNES = 16
@@ -34,7 +34,7 @@ class PruningPolicy:
         if limit == "all":
             return 0
         kept = self.limit if limit is None else min(limit, self.limit)
-        saved = -(-num_prompt_tokens // self.block_size) - -(-kept // self.block_size)
+        saved = blocks_for(num_prompt_tokens, self.block_size) - blocks_for(kept, self.block_size)
         return kept if saved > 0 else 0
 
 

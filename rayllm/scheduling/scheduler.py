@@ -13,36 +13,35 @@ from collections import deque
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
+from rayllm.config import blocks_for
 from rayllm.messages.sequences import SequenceUpdate
-from rayllm.messages.step import LaneStart, Logprobs, NewBlock, Prune, StepInput, StepOutput
+from rayllm.messages.step import LaneStart, Logprobs, NewBlock, Prune, StepInput, StepOutput, row
 from rayllm.scheduling.block_manager import BlockManager
 from rayllm.scheduling.pruning import MAX_PRUNES, PruningPolicy
 from rayllm.scheduling.sequence import BlockTable, Sequence, SequenceStatus
 
 
 @dataclass(eq=False, slots=True)
-class Step:
-    """A step, from its first row until it is answered."""
+class Plan:
+    """A step under construction."""
 
     rows: list[int] = field(default_factory=list)
     """The numbers of `StepInput.rows`; every KV group here keeps every token."""
     sequences: list[Sequence] = field(default_factory=list)
     """The sequence of each row."""
     sampled: list[Sequence] = field(default_factory=list)
-    """Those that get a token, in order of rows."""
-    num_decodes: int = 0
+    """The sequences that get a token, in order of rows."""
     starts: list[LaneStart] = field(default_factory=list)
     new_blocks: list[NewBlock] = field(default_factory=list)
     pruned: list[int] = field(default_factory=list)
     """Rows whose prompts are complete with this step, and pruned."""
-    step_id: int = 0
 
     def add_chunk(self, seq: Sequence, num_tokens: int) -> None:
         """Adds the row of the next `num_tokens` tokens of `seq`, which count as computed from here on. It samples if no
         known or pending token is left."""
-        slots = seq.kv_len, seq.kv_len + num_tokens
+        slots = [(seq.kv_len, seq.kv_len + num_tokens)] * len(seq.block_tables)
         is_last = seq.num_computed_tokens + num_tokens == seq.num_tokens
-        self.rows += (seq.lane, seq.num_computed_tokens, num_tokens, int(is_last), *slots * len(seq.block_tables))
+        self.rows += row(seq.lane, seq.num_computed_tokens, num_tokens, int(is_last), slots)
         self.sequences.append(seq)
         seq.num_computed_tokens += num_tokens
         if is_last:
@@ -50,10 +49,21 @@ class Step:
             seq.num_pending += 1
 
 
+@dataclass(frozen=True)
+class StepInFlight:
+    """A step that was sent and is not answered yet."""
+
+    step_id: int
+    sequences: list[Sequence]
+    """The sequence of each row."""
+    sampled: list[Sequence]
+    """The sequences that get a token, in order of rows."""
+
+
 class Scheduler:
     """Owns all sequences of one engine: first come, first served; the last come is preempted first.
 
-    `num_blocks`: the size of each KV group's pool. Raises `ValueError` when a pool cannot hold one sequence of
+    `num_blocks` are the sizes of the KV groups' pools. Raises `ValueError` when a pool cannot hold one sequence of
     `max_model_len` tokens, or when one step cannot hold one token of every running sequence.
     """
 
@@ -73,9 +83,10 @@ class Scheduler:
             raise ValueError("the KV cache must hold at least one sequence of max_model_len tokens")
         if max_num_batched_tokens < max_num_seqs:
             raise ValueError("max_num_batched_tokens must be at least max_num_seqs")
-        self.groups = [
+        self.pools = [
             BlockManager(number, block_size, enable_prefix_caching, group) for group, number in enumerate(num_blocks)
         ]
+        """One for each KV group."""
         self.block_size = block_size
         self.max_num_batched_tokens = max_num_batched_tokens
         self.incarnation = incarnation
@@ -84,8 +95,8 @@ class Scheduler:
         """All that are not finished, by (client_id, sequence_id)."""
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
-        """In order of arrival, all of them earlier than those that wait."""
-        self.in_flight: deque[Step] = deque()
+        """They are in order of arrival, all of them earlier than those that wait."""
+        self.in_flight: deque[StepInFlight] = deque()
         self.num_preemptions = 0
         self.num_pruned_tokens = 0
         self.num_pruned_blocks = 0
@@ -95,11 +106,12 @@ class Scheduler:
 
     @property
     def num_free_blocks(self) -> int:
-        """Blocks that no sequence holds, of all groups."""
-        return sum(group.num_free_blocks for group in self.groups)
+        """Blocks that no sequence holds, in the KV group that has fewest."""
+        return min(pool.num_free_blocks for pool in self.pools)
 
     def add(self, seq: Sequence) -> None:
-        seq.block_tables = [BlockTable() for _ in self.groups]
+        """Takes in a sequence, which waits until there is room."""
+        seq.block_tables = [BlockTable() for _ in self.pools]
         if seq.wants_prompt_logprobs:
             seq.prompt_logprobs = [None] * seq.num_prompt_tokens
         if self.pruning is not None:
@@ -121,50 +133,47 @@ class Scheduler:
     def _num_kept(self, seq: Sequence, pruning: PruningPolicy) -> int:
         """0 also when the cache can never hold the prompt and, beside it, what is kept and said."""
         kept = pruning.num_kept(seq.num_prompt_tokens, seq.params.snapkv_limit)
-        peak = self._blocks_for(seq.num_prompt_tokens) + self._blocks_for(kept + seq.max_tokens)
-        return kept if all(peak <= group.num_blocks for group in self.groups) else 0
-
-    def _blocks_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.block_size)
+        size = self.block_size
+        peak = blocks_for(seq.num_prompt_tokens, size) + blocks_for(kept + seq.max_tokens, size)
+        return kept if all(peak <= pool.num_blocks for pool in self.pools) else 0
 
     # ---- schedule
 
     def schedule(self) -> StepInput | None:
         """The next step; None when there is nothing to do, or nothing before a step in flight is answered."""
-        step = Step()
-        prefills = self._add_decodes(step)
-        step.num_decodes = len(step.sequences)
-        budget = self.max_num_batched_tokens - step.num_decodes
+        plan = Plan()
+        prefills = self._add_decodes(plan)
+        num_decodes = len(plan.sequences)
+        budget = self.max_num_batched_tokens - num_decodes
         for seq in prefills:
             if seq.status is SequenceStatus.RUNNING:
-                budget -= self._add_chunk(step, seq, budget)
+                budget -= self._add_chunk(plan, seq, budget)
         while budget and (admitted := self._admit()):
-            step.starts.append(_lane_start(admitted))
-            budget -= self._add_chunk(step, admitted, budget)
-        if not step.sequences:
+            plan.starts.append(_lane_start(admitted))
+            budget -= self._add_chunk(plan, admitted, budget)
+        if not plan.sequences:
             return None
-        prunes = [self._prune(step, row) for row in step.pruned]
+        prunes = [self._prune(index, plan.sequences[index]) for index in plan.pruned]
         self._num_steps += 1
-        step.step_id = self._num_steps
-        self.in_flight.append(step)
+        self.in_flight.append(StepInFlight(self._num_steps, plan.sequences, plan.sampled))
         return StepInput(
             incarnation=self.incarnation,
-            step_id=step.step_id,
-            starts=step.starts,
-            new_blocks=step.new_blocks,
-            rows=array("i", step.rows).tobytes(),
-            num_decodes=step.num_decodes,
+            step_id=self._num_steps,
+            starts=plan.starts,
+            new_blocks=plan.new_blocks,
+            rows=array("i", plan.rows).tobytes(),
+            num_decodes=num_decodes,
             prunes=prunes,
         )
 
-    def _add_decodes(self, step: Step) -> list[Sequence]:
+    def _add_decodes(self, plan: Plan) -> list[Sequence]:
         """Adds a row for each running sequence with one token to compute, with a slot for it; preempts for want of
         blocks. Returns the running sequences that have more.
 
-        Hundreds of sequences pass here in every step, so that properties are spelled out.
+        Hundreds of sequences pass here in every step, so that their properties and `row` are spelled out.
         """
         prefills: list[Sequence] = []
-        rows, block_size, num_groups = step.rows, self.block_size, len(self.groups)
+        rows, block_size, num_groups = plan.rows, self.block_size, len(self.pools)
         for seq in tuple(self.running):
             if seq.status is not SequenceStatus.RUNNING:  # preempted in this very loop
                 continue
@@ -173,70 +182,72 @@ class Scheduler:
                 prefills.append(seq)
             elif position + 1 < seq.num_prompt_tokens + seq.max_tokens:  # else all its tokens are pending
                 slot = position - seq.num_pruned
-                if not slot % block_size and not self._grow(step, seq):
+                if not slot % block_size and not self._grow(plan, seq):
                     break
                 rows += (seq.lane, position, 1, 1, *(slot, slot + 1) * num_groups)
-                step.sequences.append(seq)
+                plan.sequences.append(seq)
                 seq.num_pending += 1
                 seq.num_computed_tokens = position + 1
                 if not (position + 1) % block_size:
                     self._commit(seq)
-        step.sampled += step.sequences
+        plan.sampled += plan.sequences
         return prefills
 
-    def _grow(self, step: Step, seq: Sequence) -> bool:
-        """Gives `seq` room for its next token in every group; False if it had to be preempted itself."""
-        for group in self.groups:
-            if group.is_full(seq):
-                while not group.num_free_blocks:
+    def _grow(self, plan: Plan, seq: Sequence) -> bool:
+        """Gives `seq` room for its next token in every KV group; False if it had to be preempted itself."""
+        for group, pool in enumerate(self.pools):
+            if pool.is_full(seq):
+                while not pool.num_free_blocks:
                     self._preempt(self.running[-1])
                     if seq.status is not SequenceStatus.RUNNING:
                         return False
-                column = len(group.table(seq).blocks)
-                step.new_blocks.append(NewBlock(group.group, seq.lane, column, group.append(seq)))
+                column = len(pool.table(seq).blocks)
+                plan.new_blocks.append(NewBlock(group, seq.lane, column, pool.append(seq)))
         return True
 
-    def _add_chunk(self, step: Step, seq: Sequence, budget: int) -> int:
+    def _add_chunk(self, plan: Plan, seq: Sequence, budget: int) -> int:
         """Adds the chunk of `seq` that the budget has room for; returns its size, perhaps 0. A prompt's last chunk has
         the whole window that prunes it, and waits while the step prunes `MAX_PRUNES` others."""
         size = min(seq.num_chunkable, budget)
         if self.pruning is not None and seq.awaits_pruning:
             window, rest = max(self.pruning.window, 1), seq.num_chunkable - size
-            if rest < window and (rest or len(step.pruned) == MAX_PRUNES):
+            if rest < window and (rest or len(plan.pruned) == MAX_PRUNES):
                 size = max(seq.num_chunkable - window, 0)
             elif not rest:
-                step.pruned.append(len(step.sequences))
+                plan.pruned.append(len(plan.sequences))
         if size:
-            step.add_chunk(seq, size)
+            plan.add_chunk(seq, size)
             self._commit(seq)  # from here on, its blocks can be hit by those admitted next
         return size
 
-    def _prune(self, step: Step, row: int) -> Prune:
-        """The prompt of the row has been computed when this step has: its blocks are free for the next."""
-        seq = step.sequences[row]
-        for group in self.groups:
-            self.num_pruned_blocks += len(group.table(seq).blocks) - group.blocks_for(seq.num_kept)
-            group.prune(seq)
+    def _prune(self, index: int, seq: Sequence) -> Prune:
+        """The prompt of `seq`, whose row has this index, is computed when this step is: its blocks are free for the
+        next."""
+        for pool in self.pools:
+            self.num_pruned_blocks += len(pool.table(seq).blocks) - blocks_for(seq.num_kept, self.block_size)
+            pool.prune(seq)
         seq.num_pruned = seq.num_prompt_tokens - seq.num_kept
         self.num_pruned_tokens += seq.num_pruned
-        return Prune(row, seq.num_kept, [table.blocks.copy() for table in seq.block_tables])
+        return Prune(index, seq.num_kept, [table.blocks.copy() for table in seq.block_tables])
 
     def _admit(self) -> Sequence | None:
         """Lets the first waiting sequence run if its blocks can be had, and one more for each that runs."""
         if not self.waiting or not self._free_lanes or self.waiting[0].num_pending:
             return None
         seq = self.waiting[0]
-        hits = [group.find_cached(seq, self.pruning.window if self.pruning else 0) for group in self.groups]
-        num_hits = min(map(len, hits))  # the longest prefix that every group can serve
+        hits = [pool.find_cached(seq, self.pruning.window if self.pruning else 0) for pool in self.pools]
+        num_hits = min(map(len, hits))  # the longest prefix that every KV group can serve
         hits = [hit[:num_hits] for hit in hits]
-        num_private = self._blocks_for(seq.num_kept + seq.num_tokens - seq.num_prompt_tokens) if seq.num_kept else 0
-        num_blocks = self._blocks_for(seq.num_prompt_tokens if seq.num_kept else seq.num_tokens)
+        num_blocks, num_private = blocks_for(seq.num_tokens, self.block_size), 0
+        if seq.num_kept:
+            num_blocks = blocks_for(seq.num_prompt_tokens, self.block_size)
+            num_private = blocks_for(seq.num_kept + seq.num_tokens - seq.num_prompt_tokens, self.block_size)
         needed = num_blocks + num_private + len(self.running)
-        if not all(group.can_allocate(needed, hit) for group, hit in zip(self.groups, hits, strict=True)):
+        if not all(pool.can_allocate(needed, hit) for pool, hit in zip(self.pools, hits, strict=True)):
             return None
         self.waiting.popleft()
-        for group, hit in zip(self.groups, hits, strict=True):
-            group.allocate(seq, num_blocks, hit, num_private)
+        for pool, hit in zip(self.pools, hits, strict=True):
+            pool.allocate(seq, num_blocks, hit, num_private)
         seq.num_computed_tokens = num_hits * self.block_size
         if seq.num_cached_tokens < 0:
             seq.num_cached_tokens = seq.num_computed_tokens
@@ -247,8 +258,8 @@ class Scheduler:
         return seq
 
     def _commit(self, seq: Sequence) -> None:
-        for group in self.groups:
-            group.commit(seq)
+        for pool in self.pools:
+            pool.commit(seq)
 
     def _preempt(self, seq: Sequence) -> None:
         """The sequence gives all its blocks back and waits, first in the queue, to be computed again."""
@@ -260,8 +271,8 @@ class Scheduler:
     def _leave(self, seq: Sequence) -> None:
         self.running.remove(seq)
         self._free_lanes.append(seq.lane)
-        for group in self.groups:
-            group.release(seq)
+        for pool in self.pools:
+            pool.release(seq)
         seq.num_computed_tokens = seq.num_pruned = 0
 
     # ---- update
@@ -331,8 +342,8 @@ class Scheduler:
             assert seq.status is SequenceStatus.WAITING, "waiting"
             assert not any(table.blocks for table in seq.block_tables), "blocks of a waiting sequence"
             assert not seq.num_computed_tokens, "computed tokens of a waiting sequence"
-        for group in self.groups:
-            group.check_integrity(self.running)
+        for pool in self.pools:
+            pool.check_integrity(self.running)
 
 
 def _lane_start(seq: Sequence) -> LaneStart:

@@ -12,6 +12,8 @@ from rayllm.sampling_params import SamplingParams
 
 
 class SequenceStatus(enum.Enum):
+    """Where a sequence is in the scheduler."""
+
     WAITING = enum.auto()
     RUNNING = enum.auto()
     FINISHED = enum.auto()
@@ -41,7 +43,7 @@ class BlockTable:
     """A sequence's blocks in one KV group."""
 
     blocks: list[int] = field(default_factory=list)
-    """In order of slots: slot i is slot i % block_size of block i // block_size of this list."""
+    """They are in order of slots: slot i is slot i % block_size of block i // block_size of this list."""
     private: list[int] = field(default_factory=list)
     """Blocks for what is kept of the prompt, reserved until it is computed."""
     num_committed: int = 0
@@ -115,4 +117,5 @@ class Sequence:
 
     @property
     def wants_prompt_logprobs(self) -> bool:
+        """Whether log-probabilities of its prompt are still to be told."""
         return self.params.prompt_logprobs is not None and len(self.token_ids) == self.num_prompt_tokens

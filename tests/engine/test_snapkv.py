@@ -128,7 +128,7 @@ def test_layers_that_are_pruned_one_at_a_time(model_paths, monkeypatch: pytest.M
         monkeypatch.setattr(pruning, "SCORES_AT_ONCE", at_once)
         executor = Executor(model, [12])
         executor.execute(StepInput(0, 1, [start], [], rows, 0, [Prune(0, 24, [[8, 9, 10]])])).wait()
-        caches.append((executor.groups[0].keys, executor.groups[0].values))
+        caches.append((executor.attentions[0].keys, executor.attentions[0].values))
     for one, other in zip(*caches, strict=True):
         assert torch.equal(one, other)
         assert one[:, 8:11].any(), "what is kept"

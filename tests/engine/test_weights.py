@@ -159,7 +159,10 @@ def test_gguf_slices(variant, kind, tmp_path, monkeypatch):
     quantization = gguf.GGMLQuantizationType[kind]
     source = resolve_model(str(write_gguf(tmp_path / "model.gguf", config, tensors, quantization)))
     assert source.config.eos_token_ids == (1,)
-    assert source.config.tie_word_embeddings == config.tie_word_embeddings
+    for name in ("layers", "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "head_dim"):
+        assert getattr(source.config, name) == getattr(config, name), name
+    for name in ("num_key_value_heads", "rope_theta", "rms_norm_eps", "qkv_bias", "qk_norm", "tie_word_embeddings"):
+        assert getattr(source.config, name) == getattr(config, name), name
     if config.model_type == "llama":
         assert source.config.rope_scaling.factors[-1] == 8
 

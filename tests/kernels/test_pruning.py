@@ -103,14 +103,14 @@ def test_scores_reference(kv_len: int, window: int) -> None:
 @pytest.mark.parametrize(
     ("heads", "head_dim", "block_size", "window", "longer"),
     [
-        pytest.param(*shape, longer, marks=[] if longer in interpreted else [pytest.mark.gpu])
+        pytest.param(*shape, longer, marks=[] if longer in interpreted else [pytest.mark.slow])
         for *shape, interpreted in (
             ((4, 2), 32, 16, 8, (0, 150)),
             ((9, 3), 64, 4, 32, (1, 66)),
             ((8, 1), 96, 32, 5, (0, 66)),
             ((2, 2), 128, 128, 64, (1, 150)),
         )
-        for longer in (0, 1, 66, 150)
+        for longer in (0, 1, 66, 150, 230)
     ],
 )
 def test_scores_triton(

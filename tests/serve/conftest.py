@@ -44,7 +44,7 @@ def deployer(host: str) -> Iterator[Callable[..., Service]]:
 
 @pytest.fixture(scope="module")
 def deploy(host: str) -> Iterator[Callable[..., Service]]:
-    """For one module's own."""
+    """Deploys the applications of one module."""
     yield from deployer(host)
 
 

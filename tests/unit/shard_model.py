@@ -266,7 +266,7 @@ class Engine:
             sum(length == len(tables[group]) * block_size for tables, length in lengths)
             for group in range(self.num_groups)
         ]
-        num_free = [group.num_free_blocks for group in self.scheduler.groups]
+        num_free = [group.num_free_blocks for group in self.scheduler.pools]
         num_preemptions = self.scheduler.num_preemptions
 
         step = self.scheduler.schedule()
@@ -340,7 +340,7 @@ class Engine:
         assert not self.scheduler.running
         assert not self.scheduler.waiting
         assert not self.scheduler.in_flight
-        assert [group.num_free_blocks for group in self.scheduler.groups] == self.config.num_blocks
+        assert [group.num_free_blocks for group in self.scheduler.pools] == self.config.num_blocks
         # the first of those present gets a token's work from every step, whatever the others do
         most = sum(seq.num_prompt_tokens + seq.max_tokens + 4 for seq in self.sequences.values())
         assert self.num_steps <= most, "a sequence starved"

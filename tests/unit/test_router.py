@@ -35,7 +35,7 @@ def test_hashes_are_those_of_the_block_table(rng: random.Random, salt: str | Non
     seq = Sequence(0, 0, own, SamplingParams(), seed=0, max_tokens=9, stop_token_ids=frozenset(), cache_salt=salt)
     seq.block_tables = [BlockTable()]
     manager = BlockManager(8, BLOCK)
-    manager.allocate(seq, manager.blocks_for(len(tokens)), [])
+    manager.allocate(seq, -(-len(tokens) // BLOCK), [])
     seq.num_computed_tokens = len(tokens)
     manager.commit(seq)
     assert (

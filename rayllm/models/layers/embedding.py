@@ -14,13 +14,13 @@ from rayllm.models.parallel import TensorParallel
 
 
 class VocabParallelEmbedding(nn.Module):
-    """One row for each of this rank's tokens; `weight` [n, hidden_size], of which the first `num_valid` are used."""
+    """One row for each of this rank's `tokens`. `weight` is [n, hidden_size]; the last ranks' last rows are padding, of
+    any value."""
 
     def __init__(self, vocab_size: int, hidden_size: int, tp: TensorParallel, dtype: torch.dtype) -> None:
         super().__init__()
         self.tp = tp
         self.tokens, num_local = _split(vocab_size, tp)
-        self.num_valid = self.tokens.size
         self.weight = empty_parameter(num_local, hidden_size, dtype=dtype)
 
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
@@ -28,15 +28,15 @@ class VocabParallelEmbedding(nn.Module):
         if self.tp.size == 1:
             return F.embedding(token_ids, self.weight)
         local = token_ids - self.tokens.start
-        foreign = (local < 0) | (local >= self.num_valid)
+        foreign = (local < 0) | (local >= self.tokens.size)
         x = F.embedding(local.masked_fill_(foreign, 0), self.weight)
         return self.tp.all_reduce(x.masked_fill_(foreign.unsqueeze(-1), 0))
 
     def weight_slices(self, name: str) -> Iterator[WeightSlice]:
         """What this rank takes of the checkpoint's `name` + '.weight'."""
-        if self.num_valid:
+        if self.tokens.size:
             shape = (self.tokens.total, self.weight.shape[1])
-            yield WeightSlice(f"{name}.weight", self.weight[: self.num_valid], shape, start=self.tokens.start)
+            yield WeightSlice(f"{name}.weight", self.weight[: self.tokens.size], shape, start=self.tokens.start)
 
 
 class VocabParallelHead(nn.Module):

@@ -22,7 +22,7 @@ class Format(nn.Module, ABC):
     @abstractmethod
     def weight_slices(self, name: str, outputs: Split, inputs: Split, row: int = 0) -> Iterator[WeightSlice]:
         """What the outputs from `row` on take of the linear that the checkpoint calls `name`: its part `outputs`
-        of `inputs`, of which one is whole. Raises TypeError once packed."""
+        of `inputs`, of which one is whole. May raise TypeError once packed."""
 
     @abstractmethod
     def pack(self) -> Format:

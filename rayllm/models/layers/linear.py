@@ -30,7 +30,7 @@ class ColumnParallelLinear(nn.Module):
         return self.format.linear(x)
 
     def pack(self) -> None:
-        """Makes the loaded weights ready for speed; they cannot be loaded again."""
+        """Makes the loaded weights ready for speed; they can perhaps not be loaded again."""
         self.format = self.format.pack()
 
     def weight_slices(self, prefix: str) -> Iterator[WeightSlice]:
@@ -68,7 +68,7 @@ class RowParallelLinear(nn.Module):
         return self.tp.all_reduce(self.format.linear(x, out), in_summand=out is not None)
 
     def pack(self) -> None:
-        """Makes the loaded weights ready for speed; they cannot be loaded again."""
+        """Makes the loaded weights ready for speed; they can perhaps not be loaded again."""
         self.format = self.format.pack()
 
     def weight_slices(self, prefix: str) -> Iterator[WeightSlice]:
