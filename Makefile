@@ -2,8 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 MODEL := .cache/SmolLM2-135M-Instruct.Q4_1.gguf
-# Two workers: one has the tests that share a Ray, one those that start others; whoever is done takes the rest.
-PYTEST := $(VENV)/bin/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+# two workers: tests/conftest.py says how they divide the work
+PYTEST := $(VENV)/bin/python -m pytest -n 2
 PROMPT ?= Explain in two sentences why the sky is blue.
 
 .PHONY: demo test test-all check model install clean

@@ -9,9 +9,11 @@ import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_configs import LLAMA3_ROPE, SIZES
+from xdist.scheduler import LoadScopeScheduling
 
 pytest.register_assert_rewrite("shard_model")
 
@@ -32,23 +34,20 @@ def pytest_report_header(config: pytest.Config) -> str:
     return f"random inputs: --seed {config.getoption('seed')}"
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that start a Ray of their own run before this process is part of `ray_cluster`, those without Ray last.
+    """Tests that start a Ray of their own run before this process is part of `ray_cluster`."""
+    items.sort(key=lambda item: "ray_cluster" in getattr(item, "fixturenames", ()))
 
-    With several workers (pytest-xdist), each of the first two kinds keeps to one.
-    """
-    kinds = "own_ray", "ray_cluster"
 
-    def kind_of(item: pytest.Item) -> int:
-        if "ray_cluster" in getattr(item, "fixturenames", ()):
-            return 1
-        return 0 if item.path.parent.name in ("engine", "serve") else 2
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    """With several workers, one runs tests/engine and one tests/serve, whose tests share Ray; the others go by file."""
 
-    items.sort(key=kind_of)
-    for item in items:
-        if (kind := kind_of(item)) < len(kinds):
-            item.add_marker(pytest.mark.xdist_group(kinds[kind]))
+    class ByFolder(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            folder = nodeid.split("/")[1]
+            return folder if folder in ("engine", "serve") else nodeid.partition("::")[0]
+
+    return ByFolder(config, log)
 
 
 @pytest.fixture
