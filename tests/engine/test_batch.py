@@ -211,6 +211,7 @@ def test_refusals(capsys: pytest.CaptureFixture[str], tiny_text_model: Path, smo
     assert "is no output of a batch job" in error_of(capsys, *common, *model, "--output", str(tmp_path))
 
 
+@pytest.mark.slow
 def test_an_engine_that_cannot_start(
     engine_pool,
     ray_cluster: str,

@@ -35,7 +35,7 @@ CHATS = [
 PROMPTS = [*TEXTS, *([{"role": "user", "content": text}] for text in CHATS)]
 UNCACHED = WHOLE | {"enable_prefix_caching": False}
 LENGTH = 32
-QUICKEST = ("llama-1-tight", "llama-2-tight", "qwen2-2-tight")
+QUICKEST = ("llama-1-tight", "llama-2-tight")
 """What runs with every `make test`: the hardest setup, and engines that other tests use too."""
 
 
@@ -114,7 +114,7 @@ def test_tiny_models(engines, reference, rng, name: str, tensor_parallel_size: i
         assert results[0]["num_cached_tokens"] == (len(prompts[0]) - 1) // 4 * 4
 
 
-@pytest.mark.parametrize("tensor_parallel_size", [1, 2])
+@pytest.mark.parametrize("tensor_parallel_size", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_prefix_caching(engines, reference, rng, tensor_parallel_size: int):
     """Hits among prompts of one batch, on finished prompts, and on their output."""
     llm = engines("llama", tensor_parallel_size, **WHOLE)

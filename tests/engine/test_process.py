@@ -282,6 +282,7 @@ def told(process: subprocess.Popen[str]) -> dict[str, Any]:
     return answer
 
 
+@pytest.mark.slow
 def test_ctrl_c_then_kill(start_script):
     """Ctrl-C reaches the whole process group, Ray's processes among them: only the requests end. SIGKILL ends all."""
     script = start_script(INTERRUPTED, tensor_parallel_size=2)
@@ -294,6 +295,7 @@ def test_ctrl_c_then_kill(start_script):
     eventually(lambda: not any(map(is_alive, pids)), seconds=10, what="the processes' end")
 
 
+@pytest.mark.slow
 def test_a_killed_user_of_a_cluster_takes_its_engine_with_it(engine_pool, ray_cluster, start_script):
     engine_pool.make_room(1)
     script = start_script(OWNER, address=ray_cluster)

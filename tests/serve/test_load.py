@@ -56,10 +56,10 @@ while True:
 """
 
 
-@pytest.mark.parametrize("number", [80, pytest.param(200, marks=pytest.mark.slow)])
-def test_many_streams(tiny: Service, rng: random.Random, number: int):
-    """Each complete, each equal to its unstreamed twin; /health answers meanwhile."""
-    bodies = requests_of(rng, number)
+@pytest.mark.slow
+def test_many_streams(tiny: Service, rng: random.Random):
+    """200 at once, each complete, each equal to its unstreamed twin; /health answers meanwhile."""
+    bodies = requests_of(rng, 200)
 
     async def streams() -> list[str]:
         limits = httpx.Limits(max_connections=None)
@@ -116,6 +116,7 @@ def test_the_blocks_of_a_client_that_left_are_free_at_once(tiny: Service, is_str
     tiny.assert_idle()
 
 
+@pytest.mark.slow
 def test_overload(deploy, tiny_model):
     """A queue of 8, 64 requests at once: each is answered in full, or refused at once with 429."""
     service = deploy(
