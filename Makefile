@@ -16,9 +16,9 @@ demo: export PROMPT := $(PROMPT)
 test: install model check
 	$(PYTEST)
 
-# and then those that take longest
+# and then those that take longest, one after the other: some measure how long something takes
 test-all: test
-	$(PYTEST) -m "slow and not gpu"
+	$(VENV)/bin/python -m pytest -m "slow and not gpu"
 
 check: install
 	$(VENV)/bin/ruff check .

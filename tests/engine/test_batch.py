@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -104,10 +105,11 @@ class Head:
 
 
 @pytest.fixture(scope="module")
-def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
-    head = Head(tmp_path_factory.mktemp("ray"))
-    yield head
-    head.close()
+def head() -> Iterator[Head]:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # paths of sockets end at 107 bytes
+        head = Head(Path(folder))
+        yield head
+        head.close()
 
 
 def write_rows(path: Path) -> None:
