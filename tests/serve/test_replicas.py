@@ -171,15 +171,16 @@ def test_sessions_keep_to_their_engine(pair: Service, rng: random.Random):
     time.sleep(2 * REFRESH_S)  # the load of the test before is forgotten
     handle = serve.get_app_handle("pair")
     engines = set()
-    for session in ("alice", "bob", "carol", "dave", "erin", "frank", "grace", "heidi"):
+    for i in range(20):  # enough that chance leaves neither engine without one
+        session = f"user-{i}"
         before = sequences(pair)
-        bodies = [{"prompt": prompt_of(rng, 2 * BLOCK), "max_tokens": 2} for _ in range(6)]
+        bodies = [{"prompt": prompt_of(rng, 2 * BLOCK), "max_tokens": 2} for _ in range(3)]
         ask_all(pair, bodies, 1, **{"X-Session-Id": session})
         of_session = handle.options(session_id=session)
         for body in bodies:
             of_session.generate.remote(body["prompt"], max_tokens=2).result()
         risen = sequences(pair) - before
-        assert list(risen.values()) == [12]
+        assert list(risen.values()) == [6]
         engines |= risen.keys()
     assert len(engines) == 2
 
