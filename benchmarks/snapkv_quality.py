@@ -97,7 +97,7 @@ def make_prompt(rng: random.Random, tokenizer: Tokenizer, names: tuple[str, ...]
     asked = rng.randrange(len(names))
     text = INTRODUCTION.format(names=" and a ".join(names)) + " ".join(sentences)
     bare, whole = (
-        tokenizer.apply_chat_template([{"role": "user", "content": text + question}])
+        tokenizer.encode(tokenizer.apply_chat_template([{"role": "user", "content": text + question}]), False)
         for question in ("", "\n\n" + QUESTION.format(name=names[asked]))
     )
     whole += tokenizer.encode(ANSWER.format(name=names[asked]))

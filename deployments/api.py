@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 from typing import Any
 
 from ray import serve
@@ -22,10 +23,10 @@ from rayllm.checkpoint.sources import ModelSource
 from rayllm.config import EngineConfig
 from rayllm.engine.placement import local_host
 from rayllm.errors import UsageError
+from rayllm.frontend.aside import aside
 from rayllm.frontend.client import Client, Prompt
 from rayllm.frontend.output import Increment, joined
 from rayllm.frontend.tokenizer import load_tokenizer
-from rayllm.sampling_params import SamplingParams
 
 API = "Api"
 
@@ -104,14 +105,17 @@ class ApiReplica:
         async for increment in self._answer(prompt, model, params):
             yield _as_dict(increment)
 
-    def _answer(self, prompt: Prompt, model: str | None, params: dict[str, Any]) -> AsyncGenerator[Increment]:
+    async def _answer(self, prompt: Prompt, model: str | None, params: dict[str, Any]) -> AsyncGenerator[Increment]:
         models = self.service.models
         name = next(iter(models)) if model is None and len(models) == 1 else model
         if name not in models:
             raise UsageError(f"model must be one of {', '.join(models)}, not {name!r}", "model")
-        sampling = SamplingParams(**params)
-        token_ids = models[name].client.prepare(prompt, sampling)
-        return self.service.generate(models[name], [token_ids], sampling)
+        client = models[name].client
+        sampling = client.sampling_params(params)
+        token_ids = await aside(len(prompt), client.prepare, prompt, sampling)
+        async with aclosing(self.service.generate(models[name], [token_ids], sampling)) as increments:
+            async for increment in increments:
+                yield increment
 
 
 def _as_dict(increment: Increment) -> dict[str, Any]:

@@ -1,133 +1,49 @@
-"""From requests to prompts and sampling parameters, and from increments to OpenAI's answers, whole or in chunks."""
+"""From increments to OpenAI's answers, whole or in chunks."""
 
 from __future__ import annotations
 
-import inspect
+import dataclasses
 import time
 import uuid
-from collections.abc import Iterable, Sequence
-from functools import cache
-from typing import Any, Generic, TypeVar
+from collections.abc import AsyncGenerator, Iterable, Sequence
+from contextlib import aclosing
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import msgspec
 
-from deployments.protocol import (
-    MAX_PROMPTS,
+from deployments.answers import (
     AnswerMessage,
-    AssistantMessage,
     ChatChoice,
     ChatChunk,
     ChatCompletion,
     ChatLogprobs,
-    ChatMessage,
-    ChatRequest,
     ChunkChoice,
     Completion,
     CompletionChoice,
     CompletionLogprobs,
-    CompletionRequest,
-    Content,
     Delta,
-    GenerationRequest,
     TokenDetails,
     TokenLogprob,
     TopLogprob,
     Usage,
 )
-from rayllm.errors import UsageError
+from deployments.protocol import ChatRequest, CompletionRequest, GenerationRequest
+from deployments.requests import prompts_of
 from rayllm.frontend.output import Increment
 from rayllm.frontend.tokenizer import Tokenizer
 from rayllm.messages.step import Logprobs
-from rayllm.sampling_params import SamplingParams
 
 R = TypeVar("R", bound=GenerationRequest)
 
-SAME_FIELDS = [
-    *("n", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"),
-    *("logit_bias", "seed", "max_tokens", "min_tokens", "stop", "stop_token_ids", "ignore_eos"),
-    *("include_stop_str_in_output", "skip_special_tokens", "snapkv_limit"),
-]
-"""Fields that requests and `SamplingParams` have in common."""
 
-TEMPLATE_SWITCHES = ("continue_final_message", "add_generation_prompt")
-"""What of transformers' own arguments a request may set in `chat_template_kwargs`."""
-
-# ---- requests
-
-
-def params_of(request: GenerationRequest) -> SamplingParams:
-    """The sampling parameters of a request; raises `UsageError` for what no single field's type can tell."""
-    given = {name: value for name in SAME_FIELDS if (value := getattr(request, name)) is not None}
-    if request.stream_options is not None and not request.stream:
-        raise UsageError("stream_options must be left out unless stream is true", "stream_options")
-    if isinstance(request, CompletionRequest):
-        given["logprobs"] = request.logprobs
-        if request.echo:
-            given["prompt_logprobs"] = request.logprobs
-        return SamplingParams(**given)
-    assert isinstance(request, ChatRequest)
-    limits = {limit for limit in (request.max_tokens, request.max_completion_tokens) if limit is not None}
-    if len(limits) > 1:
-        raise UsageError("max_tokens and max_completion_tokens are the same limit: give one", "max_tokens")
-    if request.top_logprobs is not None and not request.logprobs:
-        raise UsageError("top_logprobs must be left out unless logprobs is true", "top_logprobs")
-    given["max_tokens"] = limits.pop() if limits else None
-    given["logprobs"] = (request.top_logprobs or 0) if request.logprobs else None
-    return SamplingParams(**given)
-
-
-def prompts_of(prompt: Any) -> list[str] | list[list[int]]:
-    """A request's `prompt` as a list of prompts, all texts or all token ids; raises `UsageError`."""
-    if isinstance(prompt, str) or (_is_list_of(prompt, int) and prompt):
-        prompt = [prompt]
-    is_list = _is_list_of(prompt, str) or (_is_list_of(prompt, list) and all(_is_list_of(one, int) for one in prompt))
-    if not prompt or not is_list:
-        raise UsageError("prompt must be a text, a list of token ids, or a list of such", "prompt")
-    if len(prompt) > MAX_PROMPTS:
-        raise UsageError(f"prompt must be at most {MAX_PROMPTS} prompts, not {len(prompt)}", "prompt")
-    return list(prompt)
-
-
-def _is_list_of(value: Any, kind: type) -> bool:
-    return isinstance(value, list) and all(type(item) is kind for item in value)
-
-
-def chat_prompt(
-    messages: Sequence[ChatMessage], template_kwargs: dict[str, Any] | None, tokenizer: Tokenizer
-) -> list[int]:
-    """The token ids of a conversation in the model's chat template; raises `UsageError`."""
-    kwargs = template_kwargs or {}
-    if reserved := sorted(kwargs.keys() & _reserved_names()):
-        raise UsageError(
-            f"chat_template_kwargs must be variables of the template, not {', '.join(reserved)}", "chat_template_kwargs"
-        )
-    return tokenizer.apply_chat_template([_plain(message) for message in messages], **kwargs)
-
-
-@cache
-def _reserved_names() -> set[str]:
-    """What transformers' own function takes beside the template's variables; a template of the client's among it."""
-    from transformers import PreTrainedTokenizerBase
-
-    known = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
-    return set(known) - {"kwargs", *TEMPLATE_SWITCHES}
-
-
-def _plain(message: ChatMessage) -> dict[str, Any]:
-    plain = {"role": message.__struct_config__.tag, "content": _text(message.content)}
-    if isinstance(message, AssistantMessage) and message.tool_calls:
-        plain["tool_calls"] = msgspec.to_builtins(message.tool_calls)
-    for name in ("name", "tool_call_id"):
-        if value := getattr(message, name, None):
-            plain[name] = value
-    return plain
-
-
-def _text(content: Content | None) -> str:
-    return content if isinstance(content, str) else "\n".join(part.text for part in content or ())
-
-
-# ---- answers
+async def without_output(increments: AsyncGenerator[Increment]) -> AsyncGenerator[Increment]:
+    """The increments of prompts that are only scored: the token that an engine samples at least is left out."""
+    async with aclosing(increments):
+        async for increment in increments:
+            reason = "length" if increment.finish_reason else None
+            yield dataclasses.replace(
+                increment, text="", token_ids=[], logprobs=[], text_offsets=[], finish_reason=reason, stop_reason=None
+            )
 
 
 class Writer(Generic[R]):
@@ -147,7 +63,9 @@ class Writer(Generic[R]):
         self.num_output_tokens = 0
         self._cached: dict[int, int] = {}
         self._pruned: dict[int, int] = {}
-        self._includes_usage = bool(request.stream_options and request.stream_options.include_usage)
+        options = request.stream_options
+        self._includes_usage = bool(options and options.include_usage)
+        self._counts_on = bool(options and options.continuous_usage_stats)
 
     def usage(self) -> Usage:
         """Tokens of the prompts and of the output that was counted so far."""
@@ -165,8 +83,15 @@ class Writer(Generic[R]):
             self._pruned.setdefault(increment.index // n, increment.num_pruned_tokens)
 
     def chunk_usage(self) -> dict[str, Any]:
-        """The field `usage` of a chunk that is not the last: null where the last one has it, else absent."""
+        """The field `usage` of a chunk that is not the last: null where only the last one has it, absent where none."""
+        if self._counts_on:
+            return {"usage": self.usage()}
         return {"usage": None} if self._includes_usage else {}
+
+    def size(self, increments: Iterable[Increment]) -> int:
+        """About how much work it is to write these, for `aside`."""
+        entries = (entry for increment in increments for entry in (*increment.logprobs, *increment.prompt_logprobs))
+        return sum(len(entry.token_ids) for entry in entries)
 
     def chunks(self, increment: Increment) -> Iterable[msgspec.Struct]:
         """What a stream sends for one increment."""
@@ -191,6 +116,18 @@ class Writer(Generic[R]):
         raise NotImplementedError
 
 
+TokenInText = tuple[int, int, Logprobs | None]
+"""A token's id, where it begins in the text, and what is known of its place: nothing of a prompt's first."""
+
+
+class EchoedPrompt(NamedTuple):
+    """A prompt as its answer repeats it: as it was given, with the tokens that it became and where they begin."""
+
+    text: str
+    token_ids: list[int]
+    offsets: list[int]
+
+
 class CompletionWriter(Writer[CompletionRequest]):
     """Writes continuations, after their prompts if the request says `echo`."""
 
@@ -198,52 +135,82 @@ class CompletionWriter(Writer[CompletionRequest]):
 
     def __init__(self, *args: Any):
         super().__init__(*args)
-        self._offsets: dict[int, int] = {}
+        self._lengths: dict[int, int] = {}
+        """Of the texts that stand before the answers, by the choices that were begun."""
+        self._echoes: dict[int, EchoedPrompt] = {}
+        """By the number of the prompt."""
 
     def chunk(self, choices: list[CompletionChoice], **fields: Any) -> Completion:
         return Completion(**self.head, choices=choices, **fields)
 
     def chunks(self, increment: Increment) -> Iterable[Completion]:
         is_empty = not (increment.text or increment.logprobs or increment.finish_reason)
-        if not is_empty or (self.request.echo and increment.index not in self._offsets):
+        if not is_empty or (self.request.echo and increment.index not in self._lengths):
             yield self.chunk([self._choice(increment)], **self.chunk_usage())
 
     def _whole(self, choices: list[Increment]) -> Completion:
         return self.chunk([self._choice(choice) for choice in choices], usage=self.usage())
 
     def _choice(self, increment: Increment) -> CompletionChoice:
-        index = increment.index
-        is_first = index not in self._offsets
-        self._offsets.setdefault(index, 0)
-        prompt = self.prompts[index // (self.request.n or 1)] if is_first and self.request.echo else []
-        entries: list[Logprobs | None] = list(increment.logprobs)
-        if prompt:
-            entries = [None, *increment.prompt_logprobs, *entries]
-        token_ids = prompt + increment.token_ids
+        index, echoed = increment.index, None
+        if index not in self._lengths:
+            echoed = self._echoed(index // (self.request.n or 1)) if self.request.echo else None
+            self._lengths[index] = len(echoed.text) if echoed else 0
+        logprobs = None
+        if self.request.logprobs is not None:
+            tokens: list[TokenInText] = []
+            if echoed:
+                tokens += zip(echoed.token_ids, echoed.offsets, [None, *increment.prompt_logprobs], strict=True)
+            for offset, entry in zip(increment.text_offsets, increment.logprobs, strict=True):
+                tokens.append((entry.token_ids[0], self._lengths[index] + offset, entry))
+            logprobs = self._logprobs(tokens)
         return CompletionChoice(
             index=index,
-            text=self.tokenizer.decode(prompt) + increment.text,
-            logprobs=self._logprobs(index, token_ids, entries) if self.request.logprobs is not None else None,
+            text=echoed.text + increment.text if echoed else increment.text,
+            logprobs=logprobs,
             finish_reason=increment.finish_reason,  # type: ignore[arg-type]
             stop_reason=increment.stop_reason,
         )
 
-    def _logprobs(self, index: int, token_ids: list[int], entries: list[Logprobs | None]) -> CompletionLogprobs:
-        text = self.tokenizer.token_text
-        tokens = [text(token_id) for token_id in token_ids]
-        offsets = []
-        for token in tokens:
-            offsets.append(self._offsets[index])
-            self._offsets[index] += len(token)
+    def _echoed(self, number: int) -> EchoedPrompt:
+        if number in self._echoes:
+            return self._echoes[number]
+        given, token_ids = prompts_of(self.request.prompt)[number], self.prompts[number]
+        is_added = self.tokenizer.added(given) if isinstance(given, str) else [False] * len(token_ids)
+        detokenizer = self.tokenizer.detokenizer(skip_special_tokens=False)
+        text, offsets = "", []
+        for token_id, is_not_given in zip(token_ids, is_added, strict=True):
+            offsets.append(len(text))
+            text += "" if is_not_given else detokenizer.add([token_id])
+        if isinstance(given, str):  # what the tokenizer made of it may be spelled otherwise
+            text, offsets = given, [min(offset, len(given)) for offset in offsets]
+        self._echoes[number] = EchoedPrompt(text, token_ids, offsets)
+        return self._echoes[number]
+
+    def _logprobs(self, tokens: list[TokenInText]) -> CompletionLogprobs:
         return CompletionLogprobs(
-            tokens=tokens,
-            token_logprobs=[entry.logprobs[0] if entry else None for entry in entries],
-            top_logprobs=[
-                dict(zip(map(text, entry.token_ids[1:]), entry.logprobs[1:], strict=True)) if entry else None
-                for entry in entries
-            ],
-            text_offset=offsets,
+            tokens=[self._name(token_id) for token_id, _, _ in tokens],
+            token_logprobs=[entry.logprobs[0] if entry else None for _, _, entry in tokens],
+            top_logprobs=[self._by_name(entry) if entry else None for _, _, entry in tokens],
+            text_offset=[offset for _, offset, _ in tokens],
         )
+
+    def _by_name(self, entry: Logprobs) -> dict[str, float]:
+        """The log-probabilities of a place's token and of the likeliest ones; of two that spell alike, the later is
+        called by its id."""
+        named: dict[str, float] = {}
+        for token_id, logprob in dict(zip(entry.token_ids, entry.logprobs, strict=True)).items():
+            name = self._name(token_id)
+            named[name if name not in named else f"token_id:{token_id}"] = logprob
+        return named
+
+    def _name(self, token_id: int) -> str:
+        """A token's text, or its bytes in OpenAI's form if they are no whole characters."""
+        spelled = self.tokenizer.token_bytes(token_id)
+        try:
+            return spelled.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelled)
 
 
 class ChatWriter(Writer[ChatRequest]):

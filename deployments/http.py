@@ -16,10 +16,12 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
+from deployments.answers import ErrorBody, ErrorDetail
+from deployments.bodies import decode_body
 from deployments.config import ApiConfig
-from deployments.protocol import ErrorBody, ErrorDetail
+from deployments.protocol import NOTHING
 from rayllm import __version__
-from rayllm.errors import EngineDeadError, QueueFullError, UsageError
+from rayllm.errors import ContextLengthError, EngineDeadError, QueueFullError, UsageError
 from rayllm.sampling_params import SamplingParams
 
 logger = logging.getLogger("ray.serve")
@@ -69,7 +71,8 @@ def error_of(error: Exception) -> ApiError:
         case UnicodeDecodeError():
             return ApiError(400, "the body is not valid UTF-8")
         case UsageError():
-            return ApiError(400, str(error), error.param)
+            code = "context_length_exceeded" if isinstance(error, ContextLengthError) else None
+            return ApiError(400, str(error), error.param, code)
         case QueueFullError():
             return ApiError(429, str(error), code="queue_full")
         case EngineDeadError():
@@ -84,6 +87,9 @@ def _explain(message: str) -> tuple[str, str | None]:
     """msgspec's message in our words, and the field that it is about, which msgspec tells in no other way."""
     what, _, place = message.partition(" - at ")
     path = re.sub(r"^(`key` in )?`\$\.?(.*)`$", r"\2", place)
+    root = re.split(r"[.\[]", path)[0]
+    if root in NOTHING:
+        return f"{root} is not supported by this server: leave it out, or null, or {NOTHING[root]}", root
     if named := re.fullmatch(r"Object (contains unknown|missing required) field `(.*)`", what):
         field = f"{path}.{named[2]}" if path else named[2]
         return f"{field} is " + ("missing" if named[1].startswith("missing") else "not supported by this server"), field
@@ -166,7 +172,7 @@ def make_app(
                     check_key(request)
                 arguments = dict(request.path_params)
                 if decoder:
-                    arguments["body"] = decoder.decode(await read_body(request))
+                    arguments["body"] = decode_body(await read_body(request), decoder)
                 response = _response(await endpoint.handler(request.headers.get(REQUEST_ID, ""), **arguments))
             except ClientDisconnect:
                 response = Response(status_code=499)

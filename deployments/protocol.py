@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 import msgspec
-from msgspec import UNSET, Meta, UnsetType
+from msgspec import Meta
 
 from rayllm import sampling_params as sampling
 
@@ -38,13 +38,24 @@ class Body(msgspec.Struct, forbid_unknown_fields=True):
 class StreamOptions(Body):
     """How a stream is sent."""
 
-    include_usage: bool = False
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    """Every event has the usage so far."""
+    include_obfuscation: bool | None = None
+    """Nothing is obfuscated, whatever it says."""
 
 
 class GenerationRequest(Body, kw_only=True):
     """What both kinds of completion take. A field that is null is as if it were absent."""
 
     model: str
+    store: bool | None = None
+    """Nothing is stored, whatever it says; nor do the next fields change the answer."""
+    metadata: dict[str, Any] | None = None
+    service_tier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    safety_identifier: str | None = None
     temperature: Temperature | None = None
     top_p: sampling.TopP | None = None
     n: sampling.NumChoices | None = None
@@ -90,6 +101,11 @@ class CompletionRequest(GenerationRequest, kw_only=True):
         ),
     ]
     """Checked by `prompts_of`: a union of lists is beyond msgspec."""
+    max_tokens: Annotated[int, Meta(ge=0, le=sampling.MAX_INT)] | None = None
+    """0 scores the prompt, with `echo`."""
+    best_of: sampling.NumChoices | None = None
+    """As `n`, of which it would be the best, or absent."""
+    suffix: Literal[""] | None = None
     echo: bool | None = None
     logprobs: NumLogprobs | None = None
 
@@ -103,7 +119,7 @@ class TextPart(Body, tag_field="type", tag="text"):
 Content = str | list[TextPart]
 
 
-class Function(Body):
+class FunctionCall(Body):
     """The function that a tool call names, with its arguments as JSON text."""
 
     name: str
@@ -114,7 +130,7 @@ class ToolCall(Body):
     """A call that an earlier answer made."""
 
     id: str
-    function: Function
+    function: FunctionCall
     type: Literal["function"] = "function"
 
 
@@ -143,12 +159,14 @@ class UserMessage(Message, kw_only=True, tag="user"):
 
 
 class AssistantMessage(Message, kw_only=True, tag="assistant"):
-    """Answers are sent back as they came, with the fields that this server leaves empty."""
+    """Answers are sent back as they came, from whichever server, with the fields that are empty here."""
 
     content: Content | None = None
+    reasoning_content: str | None = None
+    """What it thought before, for templates that know it."""
     tool_calls: list[ToolCall] | None = None
     refusal: None = None
-    annotations: None = None
+    annotations: list[Any] | None = None
     audio: None = None
     function_call: None = None
 
@@ -163,14 +181,47 @@ class ToolMessage(Message, kw_only=True, tag="tool"):
 ChatMessage = SystemMessage | DeveloperMessage | UserMessage | AssistantMessage | ToolMessage
 
 
+class TextFormat(Body, tag_field="type", tag="text"):
+    """Any text."""
+
+
+NoList = Annotated[list[Any], Meta(max_length=0)]
+
+
 class ChatRequest(GenerationRequest, kw_only=True):
     """A conversation to answer."""
 
     messages: Annotated[list[ChatMessage], Meta(min_length=1)]
+    verbosity: Literal["low", "medium", "high"] | None = None
+    """A variable of the chat template, which may know it."""
+    parallel_tool_calls: bool | None = None
+    """There are no tools: it changes nothing."""
+    tools: NoList | None = None
+    functions: NoList | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    function_call: Literal["none", "auto"] | None = None
+    response_format: TextFormat | None = None
+    modalities: list[Literal["text"]] | None = None
+    reasoning_effort: None = None
+    prediction: None = None
+    audio: None = None
+    web_search_options: None = None
     max_completion_tokens: sampling.MaxTokens | None = None
     logprobs: bool | None = None
     top_logprobs: NumLogprobs | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+
+
+NOTHING = {
+    "tools": "[]",
+    "functions": "[]",
+    "tool_choice": "'none' or 'auto'",
+    "function_call": "'none' or 'auto'",
+    "response_format": "{'type': 'text'}",
+    "modalities": "['text']",
+    "suffix": "''",
+}
+"""Fields whose only values ask for nothing: that they are known is for clients that always send them."""
 
 
 class TokenizeRequest(Body):
@@ -188,195 +239,3 @@ class DetokenizeRequest(Body):
 
     model: str
     tokens: list[sampling.TokenId]
-
-
-# ---- answers
-
-
-class TokenDetails(msgspec.Struct):
-    """Prompt tokens whose KV came from the prefix cache, and prompt tokens whose KV was pruned."""
-
-    cached_tokens: int
-    pruned_tokens: int
-
-
-class Usage(msgspec.Struct):
-    """Tokens of a request, over all its choices."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    prompt_tokens_details: TokenDetails
-
-
-FinishReason = Literal["stop", "length"]
-
-
-class CompletionLogprobs(msgspec.Struct):
-    """Entries of equal length; the first token of an echoed prompt has none."""
-
-    tokens: list[str]
-    token_logprobs: list[float | None]
-    top_logprobs: list[dict[str, float] | None]
-    text_offset: list[int]
-
-
-class CompletionChoice(msgspec.Struct, kw_only=True):
-    """One continuation, or in a stream what is new of it."""
-
-    index: int
-    text: str
-    logprobs: CompletionLogprobs | None = None
-    finish_reason: FinishReason | None = None
-    stop_reason: int | str | None = None
-
-
-class Completion(msgspec.Struct, kw_only=True):
-    """The answer to a `CompletionRequest`, or one event of its stream."""
-
-    id: str
-    object: Literal["text_completion"] = "text_completion"
-    created: int
-    model: str
-    choices: list[CompletionChoice]
-    usage: Usage | UnsetType | None = UNSET
-
-
-class TopLogprob(msgspec.Struct):
-    """A token that was likely, with its log-probability and its UTF-8 bytes."""
-
-    token: str
-    logprob: float
-    bytes: list[int]
-
-
-class TokenLogprob(msgspec.Struct):
-    """A token of the answer, and the likeliest ones in its place."""
-
-    token: str
-    logprob: float
-    bytes: list[int]
-    top_logprobs: list[TopLogprob]
-
-
-class ChatLogprobs(msgspec.Struct):
-    """Log-probabilities of an answer's tokens."""
-
-    content: list[TokenLogprob]
-    refusal: None = None
-
-
-class AnswerMessage(msgspec.Struct):
-    """What the model says."""
-
-    content: str
-    role: Literal["assistant"] = "assistant"
-    refusal: None = None
-
-
-class ChatChoice(msgspec.Struct, kw_only=True):
-    """One answer."""
-
-    index: int
-    message: AnswerMessage
-    logprobs: ChatLogprobs | None = None
-    finish_reason: FinishReason
-    stop_reason: int | str | None = None
-
-
-class ChatCompletion(msgspec.Struct, kw_only=True):
-    """The answer to a `ChatRequest`."""
-
-    id: str
-    object: Literal["chat.completion"] = "chat.completion"
-    created: int
-    model: str
-    choices: list[ChatChoice]
-    usage: Usage
-
-
-class Delta(msgspec.Struct):
-    """What is new of a message."""
-
-    role: Literal["assistant"] | UnsetType = UNSET
-    content: str | UnsetType = UNSET
-
-
-class ChunkChoice(msgspec.Struct, kw_only=True):
-    """What is new of one answer."""
-
-    index: int
-    delta: Delta
-    logprobs: ChatLogprobs | None = None
-    finish_reason: FinishReason | None = None
-    stop_reason: int | str | None = None
-
-
-class ChatChunk(msgspec.Struct, kw_only=True):
-    """One event of the stream that answers a `ChatRequest`."""
-
-    id: str
-    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
-    created: int
-    model: str
-    choices: list[ChunkChoice]
-    usage: Usage | UnsetType | None = UNSET
-
-
-class ModelCard(msgspec.Struct, kw_only=True):
-    """A model that is served."""
-
-    id: str
-    object: Literal["model"] = "model"
-    created: int
-    owned_by: str = "rayllm"
-    max_model_len: int
-
-
-class ModelList(msgspec.Struct):
-    """The models that are served."""
-
-    data: list[ModelCard]
-    object: Literal["list"] = "list"
-
-
-class Tokens(msgspec.Struct):
-    """Token ids of a text or conversation, how many they are, and the longest context in tokens."""
-
-    tokens: list[int]
-    count: int
-    max_model_len: int
-
-
-class Text(msgspec.Struct):
-    """The text of token ids."""
-
-    prompt: str
-
-
-class Version(msgspec.Struct):
-    """The version of rayllm."""
-
-    version: str
-
-
-class Health(msgspec.Struct):
-    """Every model can answer."""
-
-    status: Literal["ok"]
-    models: list[str]
-
-
-class ErrorDetail(msgspec.Struct):
-    """What is wrong: in words, by its kind, in which field, and as a code if there is one."""
-
-    message: str
-    type: str
-    param: str | None = None
-    code: str | None = None
-
-
-class ErrorBody(msgspec.Struct):
-    """The body of every answer that is an error."""
-
-    error: ErrorDetail

@@ -9,27 +9,25 @@ from typing import Any, Protocol
 
 import msgspec
 
-from deployments.completions import ChatWriter, CompletionWriter, Writer, chat_prompt, params_of, prompts_of
-from deployments.http import ApiError, Endpoint, Events
-from deployments.metrics import RequestTimer, ServiceMetrics
-from deployments.protocol import (
+from deployments.answers import (
     ChatChunk,
     ChatCompletion,
-    ChatRequest,
     Completion,
-    CompletionRequest,
-    DetokenizeRequest,
-    GenerationRequest,
     Health,
     ModelCard,
     ModelList,
     Text,
-    TokenizeRequest,
     Tokens,
     Version,
 )
+from deployments.completions import ChatWriter, CompletionWriter, Writer, without_output
+from deployments.http import ApiError, Endpoint, Events
+from deployments.metrics import RequestTimer, ServiceMetrics
+from deployments.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, GenerationRequest, TokenizeRequest
+from deployments.requests import chat_prompt, chat_size, chat_text, encode_prompts, params_of, size_of
 from rayllm import __version__
 from rayllm.errors import EngineDeadError, UsageError
+from rayllm.frontend.aside import aside
 from rayllm.frontend.client import Client
 from rayllm.frontend.output import Increment, joined
 from rayllm.frontend.tokenizer import Tokenizer
@@ -122,8 +120,9 @@ class Service:
         and `UsageError` for fields that contradict each other and for messages that the chat template refuses.
         """
         model = self.model(body.model)
-        params = params_of(body)
-        prompts = [chat_prompt(body.messages, body.chat_template_kwargs, model.tokenizer)]
+        params = params_of(body, model.client)
+        size = chat_size(body.messages)
+        prompts = [await aside(size, chat_prompt, body, model.client, model.tokenizer)]
         writer = ChatWriter(body, prompts, model.tokenizer, request_id)
         return await _complete(self.generate(model, prompts, params, body.cache_salt, "messages"), body, writer)
 
@@ -134,10 +133,11 @@ class Service:
         and `UsageError` for fields that contradict each other and for what is no prompt.
         """
         model = self.model(body.model)
-        params = params_of(body)
-        prompts = [p if isinstance(p, list) else model.tokenizer.encode(p) for p in prompts_of(body.prompt)]
+        params = params_of(body, model.client)
+        prompts = await aside(size_of(body.prompt), encode_prompts, body.prompt, model.client)
         writer = CompletionWriter(body, prompts, model.tokenizer, request_id)
-        return await _complete(self.generate(model, prompts, params, body.cache_salt), body, writer)
+        increments = self.generate(model, prompts, params, body.cache_salt)
+        return await _complete(without_output(increments) if body.max_tokens == 0 else increments, body, writer)
 
     # ---- the rest
 
@@ -160,10 +160,13 @@ class Service:
         model = self.model(body.model)
         if (body.prompt is None) == (body.messages is None):
             raise ApiError(400, "give either prompt or messages", "prompt")
+        tokenizer = model.tokenizer
         if body.messages is not None:
-            tokens = chat_prompt(body.messages, body.chat_template_kwargs, model.tokenizer)
+            text = await aside(chat_size(body.messages), chat_text, body.messages, body.chat_template_kwargs, tokenizer)
+            tokens = await aside(len(text), tokenizer.encode, text, add_special_tokens=False)
         else:
-            tokens = model.tokenizer.encode(body.prompt or "", body.add_special_tokens)
+            text = body.prompt or ""
+            tokens = await aside(len(text), tokenizer.encode, text, body.add_special_tokens)
         return Tokens(tokens, len(tokens), model.client.max_model_len)
 
     async def detokenize(self, request_id: str, body: DetokenizeRequest) -> Text:
@@ -171,7 +174,8 @@ class Service:
 
         Raises `ApiError` (404).
         """
-        return Text(self.model(body.model).tokenizer.decode(body.tokens, skip_special_tokens=False))
+        tokenizer = self.model(body.model).tokenizer
+        return Text(await aside(len(body.tokens), tokenizer.decode, body.tokens, skip_special_tokens=False))
 
     async def health(self, request_id: str) -> Health:
         """Tells whether every model can answer.
@@ -212,7 +216,8 @@ class Service:
 
 async def _complete(increments: AsyncGenerator[Increment], body: GenerationRequest, writer: Writer[Any]) -> Any:
     if not body.stream:
-        return writer.whole(await joined(increments))
+        choices = await joined(increments)
+        return await aside(writer.size(choices), writer.whole, choices)
     first = await anext(increments)  # from here on, there is no other status to be given
     return Events(_events(first, increments, writer))
 
@@ -222,7 +227,7 @@ async def _events(
 ) -> AsyncIterator[Iterable[msgspec.Struct]]:
     try:
         writer.count(first)
-        yield writer.chunks(first)
+        yield await aside(writer.size([first]), lambda: list(writer.chunks(first)))
         async for increment in increments:
             writer.count(increment)
             yield writer.chunks(increment)

@@ -36,6 +36,11 @@ class EngineArgs(Options):
     )
     tokenizer: str | None = option(None, "Folder or Hub id of the tokenizer. Without it, the model's own is used.")
     skip_tokenizer_init: bool = option(False, "Load no tokenizer: token ids go in, and token ids come out.")
+    generation_config: Literal["auto", "vllm"] = option(
+        "auto",
+        "Where requests get the sampling parameters that they leave open. With auto it is the model's "
+        "generation_config.json, with vllm all of them do nothing.",
+    )
     load_format: Literal["auto", "dummy"] = option("auto", "With dummy, weights are random and only a config is read.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto",
@@ -126,6 +131,7 @@ class EngineArgs(Options):
             "max_num_batched_tokens": self.max_num_batched_tokens or max(least_tokens, 8192 if is_gpu else 1024),
             "step_timeout_s": self.step_timeout_s or (10.0 if is_gpu else 300.0),
             "min_snapkv_limit": self._min_snapkv_limit,
+            "sampling_defaults": model.sampling_defaults if self.generation_config == "auto" else (),
         }
         given = {field.name: getattr(self, field.name) for field in fields(EngineConfig) if field.name not in decided}
         return EngineConfig(**given | decided)
@@ -174,3 +180,5 @@ class EngineConfig:
     seed: int
     step_timeout_s: float
     placement_timeout_s: float
+    sampling_defaults: tuple[tuple[str, float], ...]
+    """Fields of `SamplingParams` that requests leave open, and their values."""

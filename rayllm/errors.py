@@ -12,6 +12,10 @@ class UsageError(ValueError):
         self.param = param
 
 
+class ContextLengthError(UsageError):
+    """The prompt does not fit into the model's context."""
+
+
 class EngineDeadError(RuntimeError):
     """The driver or a shard died, or failed; the message names the cause."""
 

@@ -82,6 +82,8 @@ class ModelConfig:
     qk_norm: bool = False
     dtype: str = "bfloat16"
     eos_token_ids: tuple[int, ...] = ()
+    sampling_defaults: tuple[tuple[str, float], ...] = ()
+    """Fields of `SamplingParams` for which generation_config.json has a value."""
 
     @property
     def num_hidden_layers(self) -> int:

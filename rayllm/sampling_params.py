@@ -89,6 +89,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             msgspec.convert(msgspec.structs.asdict(self), _Values)
         except msgspec.ValidationError:
             raise self._refusal() from None
+        if any("\ud800" <= char <= "\udfff" for text in self.stop_strings for char in text):
+            raise UsageError("stop must be Unicode, but holds half of a surrogate pair", "stop")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise UsageError(
                 f"min_tokens must be at most max_tokens ({self.max_tokens}), not {self.min_tokens}", "min_tokens"

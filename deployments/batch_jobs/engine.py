@@ -12,10 +12,12 @@ import msgspec
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group_table
 
+from deployments.answers import ErrorBody, ErrorDetail
+from deployments.bodies import decode_body
 from deployments.config import BatchConfig
 from deployments.http import ApiError, error_of
 from deployments.metrics import ServiceMetrics
-from deployments.protocol import ChatRequest, CompletionRequest, ErrorBody, ErrorDetail
+from deployments.protocol import ChatRequest, CompletionRequest
 from deployments.service import Model, Service
 from rayllm.checkpoint.sources import ModelSource
 from rayllm.config import EngineConfig
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 BODIES: dict[str, type[ChatRequest] | type[CompletionRequest]] = {CHAT: ChatRequest, COMPLETIONS: CompletionRequest}
+DECODERS: dict[str, Any] = {url: msgspec.json.Decoder(body) for url, body in BODIES.items()}
 NAMES = ("custom_id", "id")
 """Fields of a row that name it."""
 
@@ -90,7 +93,7 @@ def request_of(row: bytes, model: str) -> tuple[str, ChatRequest | CompletionReq
         raise ApiError(400, "body must be a JSON object", "body")
     if body.get("stream"):
         raise ApiError(400, "stream must be left out in a batch job", "stream")
-    return url, msgspec.json.decode(msgspec.json.encode({"model": model} | body), type=BODIES[url])
+    return url, decode_body(msgspec.json.encode({"model": model} | body), DECODERS[url])
 
 
 class Slots:

@@ -89,5 +89,5 @@ class AsyncLLM:
         A consumer that is behind gets several tokens at once. Leaving the iteration early aborts the request.
         Raises `UsageError` for a prompt that cannot be served, `EngineDeadError` when the engine is gone.
         """
-        params = params or SamplingParams()
+        params = params or self.client.sampling_params({})
         return self.client.answer([self.client.prepare(prompt, params)], params, cache_salt)

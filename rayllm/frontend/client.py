@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import random
 from array import array
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -14,7 +14,7 @@ import numpy as np
 import ray
 
 from rayllm.config import EngineConfig
-from rayllm.errors import EngineDeadError, UsageError
+from rayllm.errors import ContextLengthError, EngineDeadError, UsageError
 from rayllm.frontend.output import Choice, Increment
 from rayllm.frontend.tokenizer import Tokenizer
 from rayllm.messages.base import pack_ids
@@ -103,6 +103,18 @@ class Client:
 
     # ---- prompts
 
+    def sampling_params(self, given: Mapping[str, Any]) -> SamplingParams:
+        """The parameters of a request that asks for `given`, elsewhere the model's defaults; raises `UsageError`."""
+        return SamplingParams(**dict(self._config.sampling_defaults) | dict(given))
+
+    def encode(self, text: str, field: str = "prompt", add_special_tokens: bool = True) -> list[int]:
+        """The token ids of a prompt, which came as `field`; raises `UsageError` for one whose mere size is too much."""
+        if self.tokenizer is None:
+            raise UsageError("only token ids can be prompts when skip_tokenizer_init is set", field)
+        if len(text) > self.max_model_len:
+            self._check_length(self.tokenizer.least_tokens(text), field, "at least ")
+        return self.tokenizer.encode(text, add_special_tokens)
+
     def prepare(self, prompt: Prompt, params: SamplingParams) -> array[int]:
         """The prompt's token ids; raises `UsageError` if this engine cannot serve them with `params`."""
         token_ids = self._tokenize(prompt)
@@ -113,12 +125,7 @@ class Client:
         """Raises `UsageError` if this engine cannot serve the prompt, which came as `field`, with `params`."""
         if not token_ids:
             raise UsageError("the prompt is empty: give at least one token", field)
-        if len(token_ids) >= self.max_model_len:
-            raise UsageError(
-                f"the prompt has {len(token_ids)} tokens, at most {self.max_model_len - 1} leave room for an "
-                f"answer in the context of {self.max_model_len}",
-                field,
-            )
+        self._check_length(len(token_ids), field)
         ids = np.asarray(token_ids)
         if not 0 <= ids.min() <= ids.max() < self.vocab_size:
             raise UsageError(f"token ids must be 0 to {self.vocab_size - 1}, the model's vocabulary", field)
@@ -129,6 +136,15 @@ class Client:
             self._check_snapkv_limit(params.snapkv_limit)
         if params.stop_strings and self.tokenizer is None:
             raise UsageError("stop strings need the tokenizer, which skip_tokenizer_init left out", "stop")
+
+    def _check_length(self, num_tokens: int, field: str, about: str = "") -> None:
+        longest = self.max_model_len
+        if num_tokens >= longest:
+            raise ContextLengthError(
+                f"the maximum context length is {longest} tokens, but the prompt has {about}{num_tokens}: "
+                f"{longest - 1} leave room for an answer",
+                field,
+            )
 
     def _check_snapkv_limit(self, limit: SnapkvLimit) -> None:
         config, name = self._config, "snapkv_limit"
@@ -149,11 +165,10 @@ class Client:
                 raise UsageError(
                     "a prompt must be a string, a list of token ids or a list of chat messages", "prompt"
                 ) from None
-        if self.tokenizer is None:
-            raise UsageError("only token ids can be prompts when skip_tokenizer_init is set", "prompt")
-        if isinstance(prompt, str):
-            return array("i", self.tokenizer.encode(prompt))
-        return array("i", self.tokenizer.apply_chat_template(list(prompt)))  # type: ignore[arg-type]
+        if isinstance(prompt, str) or self.tokenizer is None:
+            return array("i", self.encode(str(prompt)))
+        text = self.tokenizer.apply_chat_template(cast(Sequence[dict[str, Any]], prompt))
+        return array("i", self.encode(text, add_special_tokens=False))  # the template writes them
 
     # ---- answers
 

@@ -57,15 +57,16 @@ class LLM:
         """Answers all prompts, in order.
 
         A prompt is a string, a list of token ids or a list of chat messages; `sampling_params` are one for all or one
-        for each. Each result has `text`, `token_ids`, `finish_reason`, `num_cached_tokens`, `num_pruned_tokens`, with
-        n > 1 all `choices` (the first one's fields stand beside them), and `logprobs` and `prompt_logprobs` when asked
-        for: for each token a dict {token id: log-probability}, the token itself first.
+        for each; without any, the model's own defaults hold. Each result has `text`, `token_ids`, `finish_reason`,
+        `num_cached_tokens`, `num_pruned_tokens`, with n > 1 all `choices` (the first one's fields stand beside them),
+        and `logprobs` and `prompt_logprobs` when asked for: for each token a dict {token id: log-probability}, the
+        token itself first.
 
         Raises `UsageError` before anything is computed if any prompt cannot be served.
         """
         prompt_list = _as_list(prompts)
         if isinstance(sampling_params, SamplingParams | None):
-            sampling_params = [sampling_params or SamplingParams()] * len(prompt_list)
+            sampling_params = [sampling_params or self.async_llm.client.sampling_params({})] * len(prompt_list)
         if len(sampling_params) != len(prompt_list):
             raise UsageError(
                 f"{len(sampling_params)} sampling params for {len(prompt_list)} prompts: give one, or one for each",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import AsyncIterable, Callable, Sequence
 from dataclasses import dataclass, field
 
-from rayllm.frontend.tokenizer import Detokenizer, Tokenizer
+from rayllm.frontend.tokenizer import Tokenizer
 from rayllm.messages.sequences import SequenceUpdate
 from rayllm.messages.step import Logprobs
 from rayllm.sampling_params import SamplingParams
@@ -18,7 +19,7 @@ class Increment:
     index: int
     """Number of the choice: those of the first prompt come first, `n` of each."""
     text: str
-    """Whole characters only; empty without a tokenizer."""
+    """Whole characters only; empty without a tokenizer. With the prompt's text before it, it is the text of all ids."""
     token_ids: list[int]
     num_prompt_tokens: int
     num_cached_tokens: int
@@ -32,7 +33,9 @@ class Increment:
     stop_reason: int | str | None = None
     """The entry of `stop_token_ids` or `stop` that ended the choice; None for an end-of-sequence token."""
     logprobs: list[Logprobs] = field(default_factory=list)
-    """One for each of `token_ids`, if asked for."""
+    """One for each token whose text begins in the text so far, if asked for: tokens of a stop string have none."""
+    text_offsets: list[int] = field(default_factory=list)
+    """Where in the choice's text the tokens of `logprobs` begin, in characters."""
     prompt_logprobs: list[Logprobs] = field(default_factory=list)
     """In the first increment: one for each prompt token but the first."""
 
@@ -41,6 +44,7 @@ class Increment:
         self.text += later.text
         self.token_ids += later.token_ids
         self.logprobs += later.logprobs
+        self.text_offsets += later.text_offsets
         self.finish_reason, self.stop_reason = later.finish_reason, later.stop_reason
 
 
@@ -81,11 +85,17 @@ class Choice:
         """The output so far: with the prompt, all that another engine needs to go on."""
         self._index = index
         self._stops = params.stop_strings
-        self._detokenizer = Detokenizer(tokenizer, params.skip_special_tokens) if tokenizer else None
+        self._detokenizer = tokenizer.detokenizer(params.skip_special_tokens) if tokenizer else None
+        if self._detokenizer:
+            self._detokenizer.begin(prompt_token_ids)
         self._updates: list[SequenceUpdate] = []
         self._held = ""
         """Text that may be the beginning of a stop string."""
+        self._held_entries: deque[tuple[int, Logprobs]] = deque()
+        """Log-probabilities of tokens whose text begins in what is held, or later, each with where that is."""
         self._num_tokens = 0
+        self._num_chars = 0
+        """Length of the text that was handed out."""
 
     @property
     def has_news(self) -> bool:
@@ -104,15 +114,16 @@ class Choice:
             return None
         text, stop = "", None
         token_ids: list[int] = []
-        logprobs: list[Logprobs] = []
+        entries: list[tuple[int, Logprobs]] = []
         for update in updates:
             token_ids += update.token_ids
-            logprobs += update.logprobs
             self._num_tokens += len(update.token_ids)
             num_held = len(self._held)
-            self._held += self._decode(update)
+            self._decode(update)
             stop = self._find_stop(num_held)
-            text += self._release(is_last=stop is not None or update.finish_reason is not None)
+            is_last = stop is not None or update.finish_reason is not None
+            text += self._release(is_last)
+            entries += self._release_entries(update, is_cut=stop is not None)
             if stop is not None:
                 break
         last = updates[-1]
@@ -127,16 +138,32 @@ class Choice:
             queue_s=last.queue_s,
             finish_reason=last.finish_reason if stop is None else "stop",
             stop_reason=stop_token if stop is None else stop,
-            logprobs=logprobs,
+            logprobs=[entry for _, entry in entries],
+            text_offsets=[offset for offset, _ in entries],
             prompt_logprobs=updates[0].prompt_logprobs,
         )
 
-    def _decode(self, update: SequenceUpdate) -> str:
+    def _decode(self, update: SequenceUpdate) -> None:
+        """Adds the text of an update, and where its tokens begin, to what is held."""
         if self._detokenizer is None:
-            return ""
+            self._held_entries.extend((0, entry) for entry in update.logprobs)
+            return
         is_shown = update.stop_token_id is None or self.params.include_stop_str_in_output
-        text = self._detokenizer.add(update.token_ids if is_shown else update.token_ids[:-1])
-        return text + self._detokenizer.flush() if update.finish_reason else text
+        shown = update.token_ids if is_shown else update.token_ids[:-1]
+        for number, token_id in enumerate(update.token_ids):
+            if update.logprobs:
+                self._held_entries.append((self._num_chars + len(self._held), update.logprobs[number]))
+            if number < len(shown):
+                self._held += self._detokenizer.add([token_id])
+        if update.finish_reason:
+            self._held += self._detokenizer.flush()
+
+    def _release_entries(self, update: SequenceUpdate, is_cut: bool) -> list[tuple[int, Logprobs]]:
+        """Takes out the entries whose tokens begin in the text that was handed out, and those that no stop string can
+        take back."""
+        is_all = not is_cut and (update.finish_reason is not None or not self._stops)
+        number = sum(1 for offset, _ in self._held_entries if is_all or offset < self._num_chars)
+        return [self._held_entries.popleft() for _ in range(number)]
 
     def _find_stop(self, num_old: int) -> str | None:
         """The stop string that ends first after `num_old` characters of the held text, which is cut there."""
@@ -159,4 +186,5 @@ class Choice:
                 (k for k in range(longest, 0, -1) if text.endswith(tuple(s[:k] for s in self._stops if len(s) > k))), 0
             )
         self._held = text[len(text) - keep :]
+        self._num_chars += len(text) - keep
         return text[: len(text) - keep]

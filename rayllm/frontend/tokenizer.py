@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,11 +12,19 @@ from rayllm.checkpoint.gguf import converted
 from rayllm.checkpoint.sources import ModelSource
 from rayllm.config import EngineArgs
 from rayllm.errors import UsageError
+from rayllm.frontend.chat import Messages, render_chat
+from rayllm.frontend.detokenizer import (
+    BLANK,
+    ByteLevelDetokenizer,
+    Detokenizer,
+    PieceDetokenizer,
+    WindowDetokenizer,
+    spelling_of,
+    steps_of,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 def _byte_level_alphabet() -> dict[str, int]:
@@ -25,6 +35,13 @@ def _byte_level_alphabet() -> dict[str, int]:
 
 
 BYTE_LEVEL_ALPHABET = _byte_level_alphabet()
+
+
+def _shrinkage(normalizer: Any) -> int:
+    """How many bytes of a text a normalizer makes one of, at most; 0 where that is not known."""
+    factors = {"NFC": 3, "Prepend": 1}  # 9 bytes of Hangul's parts are 3 when composed
+    blank = {"type": "Replace", "pattern": {"String": " "}, "content": BLANK}
+    return math.prod(1 if step == blank else factors.get(step["type"], 0) for step in steps_of(normalizer))
 
 
 class Tokenizer:
@@ -38,11 +55,12 @@ class Tokenizer:
         added = self.backend.get_added_tokens_decoder()
         self.special_ids = frozenset(id for id, token in added.items() if token.special)
         self._added_ids = frozenset(added)
-        self._is_byte_level = "ByteLevel" in str(self.backend.decoder)
-        # Ids of <0x00> … <0xFF>, which spell what the vocabulary of a SentencePiece model lacks.
+        self._spelling = spelling_of(self.backend.decoder)
+        # ids of <0x00> … <0xFF>, which spell what the vocabulary of a SentencePiece model lacks
         has_bytes = "ByteFallback" in str(self.backend.decoder)
-        spelled = {self.backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256)} if has_bytes else set()
-        self.byte_ids = frozenset(spelled - {None})
+        spelled = {self.backend.token_to_id(f"<0x{byte:02X}>"): byte for byte in range(256)} if has_bytes else {}
+        self._bytes_by_id = {token_id: byte for token_id, byte in spelled.items() if token_id is not None}
+        self._token_bytes: dict[int, bytes] = {}
 
     @classmethod
     def from_source(cls, path: str | Path) -> Tokenizer:
@@ -75,45 +93,111 @@ class Tokenizer:
         return () if eos is None else (eos,)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """The text's token ids; `add_special_tokens`: with those that begin (and end) a text, if the model has them."""
-        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        """The text's token ids; `add_special_tokens`: with those that begin (and end) a text, if the model has them.
+
+        Raises `UsageError` for a text that is not Unicode.
+        """
+        return self._encoding(text, add_special_tokens).ids
+
+    def added(self, text: str) -> list[bool]:
+        """For each of the text's token ids, whether `encode` added it to what the text holds."""
+        return [bool(bit) for bit in self._encoding(text, True).special_tokens_mask]
+
+    def _encoding(self, text: str, add_special_tokens: bool) -> Any:
+        try:
+            return self.backend.encode(text, add_special_tokens=add_special_tokens)
+        except TypeError:
+            raise UsageError("a text must be Unicode: this one holds half of a surrogate pair", "prompt") from None
+
+    def least_tokens(self, text: str) -> int:
+        """A number of tokens that `encode` surpasses, told by the text's size alone; 0 where that tells nothing."""
+        longest, missing = self._longest_token
+        return len(text.encode(errors="replace").translate(None, missing)) // longest if longest else 0
+
+    @cached_property
+    def _longest_token(self) -> tuple[int, bytes]:
+        """The most bytes of a text that one token takes, 0 if there is no limit; and bytes that get no token."""
+        missing: list[int] = []
+        if self._spelling == "bytes":
+            missing = [byte for char, byte in BYTE_LEVEL_ALPHABET.items() if self.backend.token_to_id(char) is None]
+        elif len(self._bytes_by_id) < 256:  # what it has no token for becomes one, however much that is
+            return 0, b""
+        longest = max(len(self.token_bytes(token_id)) for token_id in self.backend.get_vocab().values())
+        return longest * _shrinkage(self.backend.normalizer), bytes(missing)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of these ids; ids that are no tokens are left out."""
-        return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
+        detokenizer = self.detokenizer(skip_special_tokens)
+        return detokenizer.add(ids) + detokenizer.flush()
+
+    def detokenizer(self, skip_special_tokens: bool = True) -> Detokenizer:
+        """What turns ids into text as they come."""
+        hidden = self.special_ids if skip_special_tokens else frozenset()
+
+        def is_shown(token_id: int) -> bool:
+            return token_id not in hidden and (token_id in self._token_bytes or self._token(token_id) is not None)
+
+        if self._spelling == "bytes":
+            return ByteLevelDetokenizer(is_shown, self.token_bytes)
+        if self._spelling == "other":
+            byte_ids = frozenset(self._bytes_by_id)
+            return WindowDetokenizer(
+                is_shown, lambda ids: self.backend.decode(ids, skip_special_tokens=False), byte_ids
+            )
+        strips = self._spelling == "stripped pieces"
+        return PieceDetokenizer(is_shown, self._piece, self._bytes_by_id, strips)
+
+    def _token(self, token_id: int) -> str | None:
+        return self.backend.id_to_token(token_id) if token_id >= 0 else None
+
+    def _piece(self, token_id: int) -> str:
+        return (self._token(token_id) or "").replace(BLANK, " ")
 
     def token_bytes(self, token_id: int) -> bytes:
         """What one token stands for: part of a character, perhaps. b"" for an id that is no token."""
-        token = self.backend.id_to_token(token_id)
-        if token is None:
-            return b""
-        if token_id in self.byte_ids:
-            return bytes([int(token[3:5], 16)])
-        if self._is_byte_level and token_id not in self._added_ids:
-            return bytes(BYTE_LEVEL_ALPHABET[char] for char in token)
-        return token.replace("\u2581", " ").encode()  # SentencePiece's blank
+        if (known := self._token_bytes.get(token_id)) is None:
+            token = self._token(token_id)
+            if token is None:
+                return b""
+            known = self._token_bytes[token_id] = self._bytes_of(token_id, token)
+        return known
+
+    def _bytes_of(self, token_id: int, token: str) -> bytes:
+        if token_id in self._added_ids:
+            return token.encode()
+        if (byte := self._bytes_by_id.get(token_id)) is not None:
+            return bytes([byte])
+        if self._spelling == "bytes":
+            spelled = [BYTE_LEVEL_ALPHABET.get(char) for char in token]
+            return token.encode() if None in spelled else bytes(spelled)  # type: ignore[arg-type]
+        return token.replace(BLANK, " ").encode()
 
     def token_text(self, token_id: int) -> str:
         """What one token stands for as text, with U+FFFD for what is no whole character."""
         return self.token_bytes(token_id).decode(errors="replace")
 
-    def apply_chat_template(self, messages: list[dict[str, Any]], **kwargs: Any) -> list[int]:
-        """The prompt of a conversation; keyword arguments go to the template (`tools`, `enable_thinking`, …).
+    def apply_chat_template(
+        self, messages: Sequence[dict[str, Any]], variables: Mapping[str, Any] | None = None
+    ) -> str:
+        """A conversation as the text of a prompt, to be encoded without special tokens, which the template writes.
 
-        Raises UsageError when there is no template or it refuses the messages.
+        `variables` go to the template (`tools`, `enable_thinking`, …), and `add_generation_prompt` and
+        `continue_final_message` to transformers. Raises `UsageError` when there is no template or it refuses the
+        messages.
         """
-        from jinja2 import TemplateError
+        if not self._hf.chat_template:
+            raise UsageError("this model has no chat template: use the completions API, or give one", "messages")
+        settings = dict(variables or {})
+        settings.setdefault("add_generation_prompt", not settings.get("continue_final_message"))
 
-        if not (self._hf.chat_template or kwargs.get("chat_template")):
-            raise UsageError(
-                "this model has no chat template: use the completions API, or pass chat_template", "messages"
-            )
-        kwargs = {"add_generation_prompt": not kwargs.get("continue_final_message")} | kwargs
+        def render(messages: Messages) -> str:
+            return self._hf.apply_chat_template(messages, tokenize=False, **settings)
+
         try:
-            text = self._hf.apply_chat_template(messages, tokenize=False, **kwargs)
-        except (TemplateError, ValueError, TypeError, KeyError) as error:
-            raise UsageError(f"the chat template refuses these messages: {error}", "messages") from error
-        return self.encode(text, add_special_tokens=False)  # the template writes them itself
+            return render_chat(messages, str(self._hf.chat_template), render)
+        except Exception as error:  # a template can raise anything
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UsageError(f"the chat template refuses these messages: {reason}", "messages") from error
 
 
 def load_tokenizer(args: EngineArgs, source: ModelSource) -> Tokenizer:
@@ -123,62 +207,3 @@ def load_tokenizer(args: EngineArgs, source: ModelSource) -> Tokenizer:
             f"{source.path} has no tokenizer: name one with tokenizer, or set skip_tokenizer_init", "tokenizer"
         )
     return Tokenizer.from_source(path)
-
-
-class Detokenizer:
-    """Turns ids into text as they come: what `add` and finally `flush` return, joined, is `tokenizer.decode`
-    of all ids, however they were split.
-
-    `add` returns every character that no later id can change. It decodes the ids since the last border that
-    none can cross, after those before it, lest the decoder treat them as the beginning of a text. (The
-    `DecodeStream` of tokenizers is much the same, but fails or differs where the bytes are not UTF-8.)
-    """
-
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
-        self._tokenizer = tokenizer
-        self._skip_special_tokens = skip_special_tokens
-        self._context: list[int] = []
-        self._pending: list[int] = []
-        self._num_sent = 0  # characters of decode(context + pending)
-
-    def add(self, ids: Sequence[int]) -> str:
-        """The text that is certain with these ids, beyond what was returned before; often empty."""
-        self._pending.extend(ids)
-        border = self._byte_run_start()
-        settled = self._pending[:border]
-        text = self._decode(self._context + settled)
-        if text.endswith(REPLACEMENT):  # perhaps only the first bytes of a character
-            new, self._num_sent = text[self._num_sent : -1], len(text) - 1
-            return new
-        new = text[self._num_sent :]
-        self._pending = self._pending[border:]
-        if context := self._decode(settled):
-            self._context, self._num_sent = settled, len(context)
-        else:
-            self._context, self._num_sent = self._context + settled, len(text)
-        return new
-
-    def flush(self) -> str:
-        """The rest, at the end of all ids."""
-        text = self._decode(self._context + self._pending)[self._num_sent :]
-        self._context, self._pending, self._num_sent = [], [], 0
-        return text
-
-    def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, self._skip_special_tokens)
-
-    def _byte_run_start(self) -> int:
-        """Where the byte tokens begin in which the pending ids end: the next can still make all invalid."""
-        start = end = len(self._pending)
-        byte_ids = self._tokenizer.byte_ids
-        if not byte_ids:
-            return end
-        while end > 0 and (self._pending[end - 1] in byte_ids or self._invisible(self._pending[end - 1])):
-            end -= 1
-            if self._pending[end] in byte_ids:
-                start = end
-        return start
-
-    def _invisible(self, token_id: int) -> bool:
-        skipped = self._skip_special_tokens and token_id in self._tokenizer.special_ids
-        return skipped or self._tokenizer.backend.id_to_token(token_id) is None

@@ -7,6 +7,7 @@ import math
 from rayllm.errors import UsageError
 from rayllm.model_config import ModelConfig, RopeScaling
 from rayllm.models.architectures import ConfigJson, architecture_of, positive
+from rayllm.sampling_params import SamplingParams
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn", "factors")
 DTYPES = ("bfloat16", "float16", "float32")
@@ -57,8 +58,20 @@ def read_config(config: ConfigJson, generation_config: ConfigJson | None = None)
         mlp_bias="mlp_bias" in biases,
         qk_norm=record.qk_norm,
         dtype=dtype,
+        sampling_defaults=_sampling_defaults(generation_config or {}),
         eos_token_ids=tuple(dict.fromkeys(_eos_ids(config) + _eos_ids(generation_config or {}))),
     )
+
+
+def _sampling_defaults(generation_config: ConfigJson) -> tuple[tuple[str, float], ...]:
+    """What generation_config.json recommends, as vLLM reads it: `do_sample` and the longest output do not count."""
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    found = {name: value for name in names if (value := generation_config.get(name)) is not None}
+    try:
+        SamplingParams(**found)
+    except UsageError as error:
+        raise UsageError(f"generation_config.json: {error}") from None
+    return tuple(found.items())
 
 
 def _eos_ids(config: ConfigJson) -> list[int]:

@@ -17,6 +17,8 @@ from rayllm.runner.device import Device
 from rayllm.sampling_params import SamplingParams
 
 FOREVER = 2**31 - 1
+LEAST_TEMPERATURE = 1e-30
+"""Logits divided by less may not be finite: what is below is greedy."""
 
 
 class Lanes:
@@ -132,7 +134,7 @@ class Lanes:
 def _floats(params: SamplingParams) -> tuple[float, ...]:
     """The values of `Lanes.temperature` and those after it, in their order."""
     return (
-        params.temperature,
+        params.temperature if params.temperature >= LEAST_TEMPERATURE else 0.0,
         params.top_p,
         params.min_p,
         params.repetition_penalty,

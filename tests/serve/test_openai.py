@@ -19,6 +19,7 @@ CHAT: list[Any] = [
     {"role": "user", "content": [{"type": "text", "text": "Name a"}, {"type": "text", "text": "colour."}]},
 ]
 PROMPT = "The three primary colours are"
+TOOL: Any = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
 GREEDY: dict[str, Any] = {"model": "smol", "temperature": 0, "max_tokens": 12}
 
 
@@ -37,7 +38,7 @@ def test_chat(smol: Service, tokenizer: Tokenizer):
     assert (answer.object, answer.model, choice.index) == ("chat.completion", "smol", 0)
     assert choice.message.role == "assistant"
     plain = [{"role": "system", "content": "You are brief."}, {"role": "user", "content": "Name a\ncolour."}]
-    prompt = tokenizer.apply_chat_template(plain)
+    prompt = tokenizer.encode(tokenizer.apply_chat_template(plain), add_special_tokens=False)
     completion = smol.openai.completions.create(prompt=prompt, **GREEDY)
     assert choice.message.content == completion.choices[0].text
     assert choice.finish_reason == completion.choices[0].finish_reason
@@ -213,7 +214,8 @@ def test_models_and_tokens(smol: Service, tiny: Service, tokenizer: Tokenizer):
     assert answer == {"tokens": ids, "count": len(ids), "max_model_len": 512}
     assert smol.http.post("/detokenize", json={"model": "smol", "tokens": ids}).json() == {"prompt": "Grüße, 世界"}
     chat = smol.http.post("/tokenize", json={"model": "smol", "messages": [{"role": "user", "content": "a"}]}).json()
-    assert chat["tokens"] == tokenizer.apply_chat_template([{"role": "user", "content": "a"}])
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "a"}])
+    assert chat["tokens"] == tokenizer.encode(text, add_special_tokens=False)
     assert smol.http.get("/version").json().keys() == {"version"}
     assert smol.http.get("/health").json() == {"status": "ok", "models": ["smol"]}
 
@@ -266,13 +268,22 @@ def test_wrong_requests_name_the_field(smol: Service):
         (lambda: chat(messages=CHAT, **GREEDY | {"temperature": 3}), "temperature"),
         (lambda: chat(messages=[], **GREEDY), "messages"),
         (lambda: chat(messages=[{"role": "robot", "content": ""}], **GREEDY), "messages[0].role"),  # type: ignore
-        (lambda: chat(messages=CHAT, tools=[], **GREEDY), "tools"),
+        (lambda: chat(messages=CHAT, tools=[TOOL], **GREEDY), "tools"),
+        (lambda: chat(messages=CHAT, tool_choice="required", **GREEDY), "tool_choice"),
+        (lambda: chat(messages=CHAT, modalities=["audio"], **GREEDY), "modalities"),
+        (lambda: chat(messages=CHAT, reasoning_effort="high", **GREEDY), "reasoning_effort"),
+        (lambda: complete(prompt=PROMPT, best_of=2, **GREEDY), "best_of"),
+        (lambda: complete(prompt=PROMPT, **GREEDY | {"max_tokens": 0}), "max_tokens"),
+        (lambda: complete(prompt=PROMPT, **GREEDY | {"max_tokens": 2.5}), "max_tokens"),
         (lambda: chat(messages=CHAT, response_format={"type": "json_object"}, **GREEDY), "response_format"),
         (lambda: chat(messages=CHAT, top_logprobs=2, **GREEDY), "top_logprobs"),
-        (
-            lambda: chat(messages=CHAT, extra_body={"chat_template_kwargs": {"chat_template": "x"}}, **GREEDY),
-            "chat_template_kwargs",
-        ),
+        *[
+            (
+                lambda name=name: chat(messages=CHAT, extra_body={"chat_template_kwargs": {name: "x"}}, **GREEDY),
+                "chat_template_kwargs",
+            )
+            for name in ("chat_template", "conversation", "tokenize", "messages", "self")
+        ],
         (lambda: complete(prompt=PROMPT, suffix="x", **GREEDY), "suffix"),
         (lambda: complete(prompt=[], **GREEDY), "prompt"),
         (lambda: complete(prompt=[PROMPT, [1]], **GREEDY), "prompt"),  # type: ignore[list-item]
