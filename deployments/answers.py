@@ -163,6 +163,17 @@ class Tokens(msgspec.Struct):
     max_model_len: int
 
 
+class TokenizerInfo(msgspec.Struct):
+    """What a client needs to build prompts itself: tokens by name, null if there are none, and the chat template."""
+
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
+    unk_token: str | None
+    chat_template: str | dict[str, str] | None
+    model_max_length: int
+
+
 class Text(msgspec.Struct):
     """The text of token ids."""
 

@@ -11,7 +11,8 @@ T = TypeVar("T")
 
 
 def decode_body(data: bytes, decoder: msgspec.json.Decoder[T]) -> T:
-    """The request that JSON text describes; a byte order mark before it says nothing, and 2.0 is the integer 2.
+    """The request that JSON text describes. A byte order mark before it says nothing, nor do fields that are null, known
+    or not, of the request and of its messages; 2.0 is the integer 2.
 
     Raises msgspec's `DecodeError` for what is no JSON, its `ValidationError` for a field that is wrong, and
     `UnicodeDecodeError`.
@@ -20,10 +21,22 @@ def decode_body(data: bytes, decoder: msgspec.json.Decoder[T]) -> T:
     try:
         try:
             return decoder.decode(data)
-        except msgspec.ValidationError:  # perhaps for such an integer alone
-            return decoder.decode(msgspec.json.encode(_with_integers(msgspec.json.decode(data))))
+        except msgspec.ValidationError:  # perhaps for these alone
+            body = _without_nulls(_with_integers(msgspec.json.decode(data)))
+            return decoder.decode(msgspec.json.encode(body))
     except RecursionError:
         raise msgspec.DecodeError("it is nested too deeply") from None
+
+
+def _without_nulls(value: Any) -> Any:
+    """The object without its null fields and those of objects that its fields list."""
+    if not isinstance(value, dict):
+        return value
+    given = {name: item for name, item in value.items() if item is not None}
+    return {
+        name: [_without_nulls(element) for element in item] if isinstance(item, list) else item
+        for name, item in given.items()
+    }
 
 
 def _with_integers(value: Any) -> Any:

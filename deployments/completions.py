@@ -51,14 +51,14 @@ class Writer(Generic[R]):
 
     prefix: str
 
-    def __init__(self, request: R, prompts: Sequence[list[int]], tokenizer: Tokenizer, request_id: str):
+    def __init__(self, request: R, model: str, prompts: Sequence[list[int]], tokenizer: Tokenizer, request_id: str):
         self.request = request
         self.prompts = prompts
         self.tokenizer = tokenizer
         self.head: dict[str, Any] = {
             "id": f"{self.prefix}-{request_id or uuid.uuid4().hex}",
             "created": int(time.time()),
-            "model": request.model,
+            "model": model,
         }
         self.num_output_tokens = 0
         self._cached: dict[int, int] = {}

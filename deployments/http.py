@@ -225,7 +225,11 @@ def openapi(endpoints: list[Endpoint], models: list[str], asks_for_keys: bool) -
     reference = dict(zip(types, schemas, strict=True))
     for endpoint in endpoints:
         if endpoint.body:
-            components[endpoint.body.__name__]["properties"]["model"]["enum"] = models
+            model = components[endpoint.body.__name__]["properties"]["model"]
+            model["anyOf"] = [{"type": "string", "enum": models}, {"type": "null"}]
+    for name, component in components.items():
+        if name.endswith(("Request", "Message")) and component.get("additionalProperties") is False:
+            component["additionalProperties"] = {"type": "null"}  # says nothing, see `decode_body`
     paths: dict[str, Any] = {}
     for endpoint in endpoints:
         content = (

@@ -1,7 +1,7 @@
-"""The HTTP bodies: OpenAI's chat completions and completions, and what goes with them.
+"""The HTTP bodies of requests: OpenAI's chat completions and completions, and what goes with them.
 
-The types are the one source of truth: bodies are decoded and encoded by them, and `/openapi.json` is made of them.
-A field that is not here is refused by name, never ignored.
+The types, and those of `deployments.answers`, are the one source of truth: bodies are decoded and encoded by them, and
+`/openapi.json` is made of them. A field that is not here is refused by name, never ignored.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ class StreamOptions(Body):
 class GenerationRequest(Body, kw_only=True):
     """What both kinds of completion take. A field that is null is as if it were absent."""
 
-    model: str
+    model: str | None = None
+    """May be left out where one model is served; so may it in the other requests."""
     store: bool | None = None
     """Nothing is stored, whatever it says; nor do the next fields change the answer."""
     metadata: dict[str, Any] | None = None
@@ -202,10 +203,6 @@ class ChatRequest(GenerationRequest, kw_only=True):
     function_call: Literal["none", "auto"] | None = None
     response_format: TextFormat | None = None
     modalities: list[Literal["text"]] | None = None
-    reasoning_effort: None = None
-    prediction: None = None
-    audio: None = None
-    web_search_options: None = None
     max_completion_tokens: sampling.MaxTokens | None = None
     logprobs: bool | None = None
     top_logprobs: NumLogprobs | None = None
@@ -227,15 +224,16 @@ NOTHING = {
 class TokenizeRequest(Body):
     """`prompt`, or `messages` through the chat template."""
 
-    model: str
+    model: str | None = None
     prompt: str | None = None
     messages: Annotated[list[ChatMessage], Meta(min_length=1)] | None = None
-    add_special_tokens: bool = True
+    add_special_tokens: bool | None = None
+    """True unless it is false."""
     chat_template_kwargs: dict[str, Any] | None = None
 
 
 class DetokenizeRequest(Body):
     """Token ids to turn into text."""
 
-    model: str
     tokens: list[sampling.TokenId]
+    model: str | None = None

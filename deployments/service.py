@@ -17,6 +17,7 @@ from deployments.answers import (
     ModelCard,
     ModelList,
     Text,
+    TokenizerInfo,
     Tokens,
     Version,
 )
@@ -71,8 +72,12 @@ class Service:
         self.num_running = 0
         """Requests that are being answered."""
 
-    def model(self, name: str) -> Model:
-        """The model of this name; raises `ApiError` (404) for one that is not served."""
+    def model(self, name: str | None) -> Model:
+        """The model of this name, without one the only one; raises `ApiError` (404) for one that is not served."""
+        if name is None and len(self.models) == 1:
+            return next(iter(self.models.values()))
+        if name is None:
+            raise ApiError(400, f"model is missing: use one of {', '.join(self.models)}", "model")
         if (model := self.models.get(name)) is None:
             served = ", ".join(self.models)
             raise ApiError(404, f"there is no model {name!r} here: use {served}", "model", "model_not_found")
@@ -123,7 +128,7 @@ class Service:
         params = params_of(body, model.client)
         size = chat_size(body.messages)
         prompts = [await aside(size, chat_prompt, body, model.client, model.tokenizer)]
-        writer = ChatWriter(body, prompts, model.tokenizer, request_id)
+        writer = ChatWriter(body, body.model or model.name, prompts, model.tokenizer, request_id)
         return await _complete(self.generate(model, prompts, params, body.cache_salt, "messages"), body, writer)
 
     async def complete(self, request_id: str, body: CompletionRequest) -> Completion | Events:
@@ -135,7 +140,7 @@ class Service:
         model = self.model(body.model)
         params = params_of(body, model.client)
         prompts = await aside(size_of(body.prompt), encode_prompts, body.prompt, model.client)
-        writer = CompletionWriter(body, prompts, model.tokenizer, request_id)
+        writer = CompletionWriter(body, body.model or model.name, prompts, model.tokenizer, request_id)
         increments = self.generate(model, prompts, params, body.cache_salt)
         return await _complete(without_output(increments) if body.max_tokens == 0 else increments, body, writer)
 
@@ -166,8 +171,17 @@ class Service:
             tokens = await aside(len(text), tokenizer.encode, text, add_special_tokens=False)
         else:
             text = body.prompt or ""
-            tokens = await aside(len(text), tokenizer.encode, text, body.add_special_tokens)
+            tokens = await aside(len(text), tokenizer.encode, text, body.add_special_tokens is not False)
         return Tokens(tokens, len(tokens), model.client.max_model_len)
+
+    async def tokenizer_info(self, request_id: str) -> TokenizerInfo:
+        """Tells of the tokenizer of the only model that is served.
+
+        Raises `ApiError` (400) if there are several.
+        """
+        model = self.model(None)
+        special, template = model.tokenizer.special_tokens, model.tokenizer.chat_template
+        return TokenizerInfo(**special, chat_template=template, model_max_length=model.client.max_model_len)
 
     async def detokenize(self, request_id: str, body: DetokenizeRequest) -> Text:
         """Turns token ids into text, special tokens included.
@@ -209,6 +223,7 @@ class Service:
             get("/v1/models/{model}", self.show_model, ModelCard, statuses=(404,)),
             post("/tokenize", self.tokenize, Tokens, TokenizeRequest),
             post("/detokenize", self.detokenize, Text, DetokenizeRequest),
+            get("/tokenizer_info", self.tokenizer_info, TokenizerInfo, statuses=(400,)),
             get("/health", self.health, Health, is_open=True, statuses=(503,)),
             get("/version", self.version, Version, is_open=True),
         ]

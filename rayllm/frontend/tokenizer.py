@@ -87,6 +87,16 @@ class Tokenizer:
         return len(self._hf)
 
     @property
+    def special_tokens(self) -> dict[str, str | None]:
+        """The tokens that begin, end and pad a text, and that stand for unknown ones; None for what there is not."""
+        return {name: getattr(self._hf, name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+
+    @property
+    def chat_template(self) -> str | dict[str, str] | None:
+        """The Jinja template of conversations, or several by name; None if there is none."""
+        return self._hf.chat_template
+
+    @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """The tokens that end a sequence, as far as the tokenizer knows them."""
         eos = self._hf.eos_token_id

@@ -27,7 +27,10 @@ def described(service: Service) -> Any:
 
 ENDPOINTS = [
     *[("POST", path) for path in ("/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize")],
-    *[("GET", path) for path in ("/v1/models", "/v1/models/{model}", "/health", "/version", "/metrics")],
+    *[
+        ("GET", path)
+        for path in ("/v1/models", "/v1/models/{model}", "/tokenizer_info", "/health", "/version", "/metrics")
+    ],
 ]
 
 

@@ -29,7 +29,7 @@ def answer(
     """What a client gets for these tokens: one completion, or the events of a stream."""
     prompt = given_prompt if isinstance(given_prompt, list) else tokenizer.encode(given_prompt)
     request = CompletionRequest(model="m", prompt=given_prompt, logprobs=len(tops[0]), stream=stream, **fields)
-    writer = CompletionWriter(request, [prompt], tokenizer, "")
+    writer = CompletionWriter(request, "m", [prompt], tokenizer, "")
     choice = Choice(0, prompt, SamplingParams(stop=fields.get("stop")), 0, tokenizer)
     told = []
     for number, token_id in enumerate(output):
