@@ -11,8 +11,8 @@ T = TypeVar("T")
 
 
 def decode_body(data: bytes, decoder: msgspec.json.Decoder[T]) -> T:
-    """The request that JSON text describes. A byte order mark before it says nothing, nor do fields that are null, known
-    or not, of the request and of its messages; 2.0 is the integer 2.
+    """The request that JSON text describes. A byte order mark before it says nothing, nor do fields of the request and
+    of its messages that are null, known or not; 2.0 is the integer 2.
 
     Raises msgspec's `DecodeError` for what is no JSON, its `ValidationError` for a field that is wrong, and
     `UnicodeDecodeError`.

@@ -78,6 +78,9 @@ def test_texts_tokens_and_places_fit(tokenizer: Tokenizer, prompt: Any, output: 
     elif echo:
         before = tokenizer.detokenizer(skip_special_tokens=False).add(prompt)
         assert text.startswith(before)
+    certain = tokenizer.detokenizer().add(prompt_ids)
+    continued = text.removeprefix(prompt if isinstance(prompt, str) else before) if echo else text
+    assert certain + continued == tokenizer.backend.decode(prompt_ids + output)
     offsets = [*logprobs.text_offset, len(text)]
     assert offsets == sorted(offsets)
     assert offsets[0] >= 0

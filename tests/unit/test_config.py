@@ -14,6 +14,8 @@ from rayllm.errors import UsageError
 from rayllm.models.config_json import read_config
 from rayllm.options import add_arguments, from_arguments
 
+CONFIG = {"model_type": "llama", "vocab_size": 100, "hidden_size": 64, "intermediate_size": 64}
+CONFIG |= {"num_attention_heads": 2, "num_hidden_layers": 1}
 FIELDS = [option.name for option in dataclasses.fields(EngineArgs)]
 
 
@@ -102,7 +104,7 @@ def test_what_is_given_stays():
         "placement_timeout_s": 4.0,
     }
     config = resolve("cpu", **given)
-    assert dataclasses.asdict(config) == given | {"device": "cpu", "min_snapkv_limit": 20}
+    assert dataclasses.asdict(config) == given | {"device": "cpu", "min_snapkv_limit": 20, "sampling_defaults": ()}
 
 
 @pytest.mark.parametrize(
@@ -167,6 +169,7 @@ def test_every_field_is_a_flag(name: str):
         "gpu_memory_utilization": 0.25,
         "placement_timeout_s": 2.5,
         "snapkv_policy": "streaming",
+        "generation_config": "vllm",
     }
     default = getattr(EngineArgs(model="model"), name)
     flag = "--" + name.replace("_", "-")
@@ -177,3 +180,17 @@ def test_every_field_is_a_flag(name: str):
         value = values.get(name, 300)
         assert parse(flag, str(value)) == EngineArgs(model="model", **{name: value})
     assert parse() == EngineArgs(model="model")
+
+
+def test_what_requests_leave_open_is_as_the_model_says():
+    recommended = {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "min_p": None, "do_sample": True, "eos_token_id": 2}
+    model = read_config(CONFIG, recommended)
+    assert dict(EngineArgs(model="m").resolve(model, "cpu").sampling_defaults) == {
+        "temperature": 0.6,
+        "top_p": 0.95,
+        "top_k": 20,
+    }
+    assert EngineArgs(model="m", generation_config="vllm").resolve(model, "cpu").sampling_defaults == ()
+    for wrong in ({"temperature": -1}, {"top_p": "high"}, {"top_k": 1.5}, {"repetition_penalty": 0}):
+        with pytest.raises(UsageError, match=f"generation_config.json: {next(iter(wrong))} must be"):
+            read_config(CONFIG, wrong)
