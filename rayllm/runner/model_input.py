@@ -135,7 +135,7 @@ class Shape:
         return sum(self.parts(num_groups).values())
 
 
-@lru_cache(maxsize=256)  # the shapes of graphs, and of late steps that run without
+@lru_cache(maxsize=256)  # of the shapes of graphs, and of the latest steps that have none
 def _places(shape: Shape, num_groups: int) -> dict[str, slice]:
     """Where each part lies in `pack`'s array."""
     ends = accumulate(shape.parts(num_groups).values())
@@ -152,17 +152,14 @@ def pack(rows: Rows, shape: Shape, padding: int) -> np.ndarray:
     be no token, goes to its second place. Padding rows have no keys.
     """
     num_groups = len(rows.kv_lens)
-    packed = np.zeros(shape.packed_size(num_groups), np.int64)
-    part = {name: packed[place] for name, place in _places(shape, num_groups).items()}
+    places = _places(shape, num_groups)
+    packed = np.zeros(places["window_ends"].stop, np.int64)
+    part = {name: packed[place] for name, place in places.items()}
     for name in ("lanes", "row_lanes", "sample_lanes"):
         part[name][:] = padding
     part["sample_positions"][:] = 1
-    n, ends, num_chunks, num_samples = (
-        rows.num_decodes,
-        rows.ends,
-        len(rows.lanes) - rows.num_decodes,
-        len(rows.sampled),
-    )
+    n, num_chunks, num_samples = rows.num_decodes, len(rows.lanes) - rows.num_decodes, len(rows.sampled)
+    ends = rows.ends
     num_tokens = int(ends[-1]) if len(ends) else 0
 
     part["lanes"][:num_tokens] = np.repeat(rows.lanes, rows.num_tokens)
