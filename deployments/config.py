@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from rayllm.config import EngineArgs
-from rayllm.errors import UsageError
-from rayllm.options import Options, check_names, option
+from rayllm.errors import UsageError, check_names
+from rayllm.options import Options, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +146,7 @@ def read_arguments(arguments: dict[str, Any]) -> tuple[ApiConfig, list[ServedMod
     given = dict(arguments)
     listed = given.pop("models", None)
     known = ApiConfig.names() + (["models"] if listed is not None else ServedModel.names())
-    check_names(given, known)
+    check_names(given, known, "engine argument")
     api = ApiConfig.of(**ApiConfig.parse({name: given.pop(name) for name in ApiConfig.names() if name in given}))
     if listed is not None and not (isinstance(listed, list) and listed and all(isinstance(m, dict) for m in listed)):
         raise UsageError("models must be a list with the arguments of each model", "models")

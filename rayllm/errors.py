@@ -1,5 +1,10 @@
 """The errors that rayllm raises for its users; each message is one line that says what would be right."""
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Iterable
+
 
 class UsageError(ValueError):
     """The input (argument, model, prompt, cluster) cannot be served; raised before anything expensive starts.
@@ -22,3 +27,17 @@ class EngineDeadError(RuntimeError):
 
 class QueueFullError(RuntimeError):
     """So much waits for the engine already that it takes no more; to be tried again later."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The one of `known` that `name` may be a misspelling of."""
+    return next(iter(difflib.get_close_matches(name, known, n=1)), None)
+
+
+def check_names(names: Iterable[str], known: Collection[str], what: str) -> None:
+    """Raises `UsageError` for the first of `names` that is not `known`; `what` it names is told."""
+    for name in names:
+        if name not in known:
+            near = nearest(name, known)
+            hint = f"did you mean {near}?" if near else f"known are {', '.join(sorted(known))}"
+            raise UsageError(f"unknown {what} {name}: {hint}", name)

@@ -5,15 +5,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import difflib
 import json
 import types
 import typing
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, Self, TypeVar
 
-from rayllm.errors import UsageError
+from rayllm.errors import UsageError, check_names
 
 
 def option(default: Any, doc: str) -> Any:
@@ -48,7 +46,7 @@ class Options:
     @classmethod
     def of(cls, **arguments: Any) -> Self:
         """The configuration of these arguments; an unknown name is a `UsageError` that suggests the nearest one."""
-        check_names(arguments, cls.names())
+        check_names(arguments, cls.names(), "engine argument")
         return cls(**arguments)
 
     @classmethod
@@ -56,15 +54,6 @@ class Options:
         """`arguments` with texts turned into what their fields hold: "8" into 8, "true" into True, JSON into lists."""
         hints = _hints(cls)
         return {name: _parse(value, hints[name]) if name in hints else value for name, value in arguments.items()}
-
-
-def check_names(arguments: Iterable[str], known: list[str]) -> None:
-    """Raises `UsageError` for the first of `arguments` that is not `known`."""
-    for name in arguments:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(known))}"
-            raise UsageError(f"unknown engine argument {name}: {hint}", name)
 
 
 class HelpFormatter(argparse.HelpFormatter):

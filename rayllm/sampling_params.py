@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 import msgspec
 from msgspec import Meta, inspect
 
-from rayllm.errors import UsageError
+from rayllm.errors import UsageError, check_names
 
 MAX_ID = 2**31 - 1
 """The largest token id that an int32 holds."""
@@ -37,7 +37,15 @@ NumLogprobs = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
 SnapkvLimit = Annotated[int, Meta(ge=1, le=MAX_INT)] | Literal["all"]
 
 
-class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class _Named(msgspec.StructMeta):
+    """A class whose fields are known by name: others are refused with the nearest, where Python raises a TypeError."""
+
+    def __call__(cls, *args: Any, **fields: Any) -> Any:
+        check_names(fields, cls.__struct_fields__, "sampling parameter")
+        return super().__call__(*args, **fields)
+
+
+class SamplingParams(msgspec.Struct, metaclass=_Named, frozen=True, kw_only=True, omit_defaults=True):
     """Sampling parameters of one request; checked when made, so an instance is always valid.
 
     Raises `UsageError`, naming the field and what it may be.

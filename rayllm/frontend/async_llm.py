@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
 from rayllm.checkpoint.sources import resolve_model
@@ -82,12 +82,16 @@ class AsyncLLM:
         return self._client
 
     def generate(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, cache_salt: str | None = None
+        self,
+        prompt: Prompt,
+        params: SamplingParams | Mapping[str, Any] | None = None,
+        *,
+        cache_salt: str | None = None,
     ) -> AsyncGenerator[Increment]:
         """Yields what is new whenever something is, for each of `params.n` choices, the last with `finish_reason`.
 
         A consumer that is behind gets several tokens at once. Leaving the iteration early aborts the request.
         Raises `UsageError` for a prompt that cannot be served, `EngineDeadError` when the engine is gone.
         """
-        params = params or self.client.sampling_params({})
-        return self.client.answer([self.client.prepare(prompt, params)], params, cache_salt)
+        own = self.client.sampling_params(params)
+        return self.client.answer([self.client.prepare(prompt, own)], own, cache_salt)

@@ -103,9 +103,16 @@ class Client:
 
     # ---- prompts
 
-    def sampling_params(self, given: Mapping[str, Any]) -> SamplingParams:
-        """The parameters of a request that asks for `given`, elsewhere the model's defaults; raises `UsageError`."""
-        return SamplingParams(**dict(self._config.sampling_defaults) | dict(given))
+    def sampling_params(self, given: SamplingParams | Mapping[str, Any] | None) -> SamplingParams:
+        """Those of a request: as they are, or what their fields hold, elsewhere the model's defaults.
+
+        Raises `UsageError`.
+        """
+        if isinstance(given, SamplingParams):
+            return given
+        if not isinstance(given, Mapping | None):
+            raise UsageError(f"sampling params must be SamplingParams or a dict, not {given!r}", "sampling_params")
+        return SamplingParams(**dict(self._config.sampling_defaults) | dict(given or {}))
 
     def encode(self, text: str, field: str = "prompt", add_special_tokens: bool = True) -> list[int]:
         """The token ids of a prompt, which came as `field`; raises `UsageError` for one whose mere size is too much."""

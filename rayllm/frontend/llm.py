@@ -6,8 +6,8 @@ import asyncio
 import contextlib
 import time
 import weakref
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
@@ -16,8 +16,17 @@ from rayllm.frontend.async_llm import AsyncLLM
 from rayllm.frontend.bridge import Bridge
 from rayllm.frontend.client import Prompt
 from rayllm.frontend.output import Increment, joined
+from rayllm.frontend.tokenizer import Tokenizer
 from rayllm.messages.step import Logprobs
 from rayllm.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+Params = SamplingParams | Mapping[str, Any]
+"""Sampling parameters, or a dict of their fields."""
+Message = dict[str, Any]
+"""A chat message: role, content and whatever else the chat template knows."""
 
 
 class LLM:
@@ -51,13 +60,14 @@ class LLM:
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        sampling_params: Params | Sequence[Params] | None = None,
         use_tqdm: bool = True,
     ) -> list[dict[str, Any]]:
         """Answers all prompts, in order.
 
-        A prompt is a string, a list of token ids or a list of chat messages; `sampling_params` are one for all or one
-        for each; without any, the model's own defaults hold. Each result has `text`, `token_ids`, `finish_reason`,
+        A prompt is a string, a list of token ids or a list of chat messages; `sampling_params`, or dicts of their
+        fields, are one for all or one for each; without any, or where dicts say nothing, the model's own defaults hold.
+        `use_tqdm` shows a bar on stderr, if that is a terminal. Each result has `text`, `token_ids`, `finish_reason`,
         `num_cached_tokens`, `num_pruned_tokens`, with n > 1 all `choices` (the first one's fields stand beside them),
         and `logprobs` and `prompt_logprobs` when asked for: for each token a dict {token id: log-probability}, the
         token itself first.
@@ -65,18 +75,57 @@ class LLM:
         Raises `UsageError` before anything is computed if any prompt cannot be served.
         """
         prompt_list = _as_list(prompts)
-        if isinstance(sampling_params, SamplingParams | None):
-            sampling_params = [sampling_params or self.async_llm.client.sampling_params({})] * len(prompt_list)
-        if len(sampling_params) != len(prompt_list):
-            raise UsageError(
-                f"{len(sampling_params)} sampling params for {len(prompt_list)} prompts: give one, or one for each",
-                "sampling_params",
-            )
-        token_ids = [self.async_llm.client.prepare(p, s) for p, s in zip(prompt_list, sampling_params, strict=True)]
+        params = self._params_of_each(sampling_params, len(prompt_list))
+        token_ids = [self.async_llm.client.prepare(p, s) for p, s in zip(prompt_list, params, strict=True)]
         with _Rates(len(prompt_list), use_tqdm) as rates:
-            return self._bridge.run(lambda: self._generate_all(token_ids, sampling_params, rates))
+            return self._bridge.run(lambda: self._generate_all(token_ids, params, rates))
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Increment]:
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: Params | Sequence[Params] | None = None,
+        use_tqdm: bool = True,
+        *,
+        chat_template: str | None = None,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
+        tools: list[dict[str, Any]] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ) -> list[dict[str, Any]]:
+        """`generate` for one conversation, or a list of them; the result is a list in either case.
+
+        A Jinja `chat_template` stands in for the model's own; `tools` and `chat_template_kwargs` are variables of it.
+        `continue_final_message` has the last message gone on with; otherwise, or with `add_generation_prompt`, an
+        answer is begun. Raises `UsageError` when the template refuses the messages, and what `generate` raises.
+        """
+        if not isinstance(messages, Sequence) or any(isinstance(item, str) for item in messages):
+            raise UsageError("messages must be a list of chat messages, or a list of such lists", "messages")
+        conversations: Any = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        if add_generation_prompt is None:
+            add_generation_prompt = not continue_final_message
+        given = {
+            "chat_template": chat_template,
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message,
+            "tools": tools,
+        } | (chat_template_kwargs or {})
+        tokenizer = self._tokenizer()
+        prompts = [
+            tokenizer.encode(tokenizer.apply_chat_template(conversation, given), add_special_tokens=False)
+            for conversation in conversations
+        ]
+        return self.generate(prompts, sampling_params, use_tqdm)
+
+    def get_tokenizer(self) -> PreTrainedTokenizerFast:
+        """The tokenizer as transformers has it: a copy, so that nothing set there reaches the engine."""
+        return self._tokenizer().transformers
+
+    def _tokenizer(self) -> Tokenizer:
+        if self.async_llm.tokenizer is None:
+            raise UsageError("there is no tokenizer: skip_tokenizer_init left it out", "skip_tokenizer_init")
+        return self.async_llm.tokenizer
+
+    def stream(self, prompt: Prompt, params: Params | None = None) -> Iterator[Increment]:
         """`AsyncLLM.generate` as an ordinary iterator; leaving it early aborts the request."""
         increments = self.async_llm.generate(prompt, params)
         try:
@@ -85,6 +134,17 @@ class LLM:
         finally:
             with contextlib.suppress(EngineDeadError):  # closed, by whomever: then there is nothing to abort
                 self._bridge.run(increments.aclose)
+
+    def _params_of_each(self, given: Params | Sequence[Params] | None, number: int) -> list[SamplingParams]:
+        """One for each of so many prompts."""
+        client = self.async_llm.client
+        if not isinstance(given, list | tuple):
+            return [client.sampling_params(given)] * number  # type: ignore[arg-type]
+        if len(given) != number:
+            raise UsageError(
+                f"{len(given)} sampling params for {number} prompts: give one, or one for each", "sampling_params"
+            )
+        return [client.sampling_params(own) for own in given]
 
     async def _generate_all(
         self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams], rates: _Rates
@@ -143,7 +203,7 @@ class _Rates:
     """A bar over requests that shows prompt tokens and output tokens per second, over the whole call."""
 
     def __init__(self, total: int, is_shown: bool):
-        self._bar = tqdm(total=total, desc="generating", unit="req", disable=not is_shown, dynamic_ncols=True)
+        self._bar = tqdm(total=total, desc="generating", unit="req", disable=not is_shown or None, dynamic_ncols=True)
         self._start = time.monotonic()
         self._prefilled = self._decoded = 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -61,6 +62,11 @@ class Tokenizer:
         spelled = {self.backend.token_to_id(f"<0x{byte:02X}>"): byte for byte in range(256)} if has_bytes else {}
         self._bytes_by_id = {token_id: byte for token_id, byte in spelled.items() if token_id is not None}
         self._token_bytes: dict[int, bytes] = {}
+
+    @cached_property
+    def transformers(self) -> PreTrainedTokenizerFast:
+        """A copy of the tokenizer that this one wraps: truncation, say, that is set there does not reach this one."""
+        return copy.deepcopy(self._hf)
 
     @classmethod
     def from_source(cls, path: str | Path) -> Tokenizer:
@@ -191,20 +197,21 @@ class Tokenizer:
     ) -> str:
         """A conversation as the text of a prompt, to be encoded without special tokens, which the template writes.
 
-        `variables` go to the template (`tools`, `enable_thinking`, …), and `add_generation_prompt` and
+        `variables` go to the template (`tools`, `enable_thinking`, …), and `chat_template`, `add_generation_prompt` and
         `continue_final_message` to transformers. Raises `UsageError` when there is no template or it refuses the
         messages.
         """
-        if not self._hf.chat_template:
-            raise UsageError("this model has no chat template: use the completions API, or give one", "messages")
         settings = dict(variables or {})
+        template = settings.get("chat_template") or self._hf.chat_template
+        if not template:
+            raise UsageError("this model has no chat template: use the completions API, or give one", "messages")
         settings.setdefault("add_generation_prompt", not settings.get("continue_final_message"))
 
         def render(messages: Messages) -> str:
             return self._hf.apply_chat_template(messages, tokenize=False, **settings)
 
         try:
-            return render_chat(messages, str(self._hf.chat_template), render)
+            return render_chat(messages, str(template), render)
         except Exception as error:  # a template can raise anything
             reason = " ".join(str(error).split()) or type(error).__name__
             raise UsageError(f"the chat template refuses these messages: {reason}", "messages") from error

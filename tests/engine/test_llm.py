@@ -79,7 +79,11 @@ def test_as_many_params_as_prompts(llm: LLM):
         llm.generate(["a", "b", "c"], [greedy(1)] * 2, use_tqdm=False)
 
 
-def test_progress_shows_rates(llm: LLM, capsys):
+def test_progress_shows_rates(llm: LLM, capsys, monkeypatch):
+    """On a terminal; a pipe or log gets nothing."""
+    llm.generate([PROMPT] * 2, greedy(8))
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     llm.generate([PROMPT] * 2, greedy(8))
     shown = capsys.readouterr().err
     assert "2/2" in shown

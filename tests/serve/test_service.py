@@ -121,6 +121,8 @@ def test_python_handles(tiny: Service):
     assert [choice["index"] for choice in both["choices"]] == [0, 1]
     with pytest.raises(UsageError, match="temperature must be a number from 0 to 100, not -1"):
         handle.generate.remote(prompt, temperature=-1).result()
+    with pytest.raises(UsageError, match=r"unknown sampling parameter max_tokns: did you mean max_tokens\?"):
+        handle.generate.remote(prompt, max_tokns=3).result()
     with pytest.raises(UsageError, match="model must be one of org/tiny, not 'tiny'") as refused:
         handle.generate.remote(prompt, "tiny").result()
     assert refused.value.cause.param == "model"  # type: ignore[attr-defined]

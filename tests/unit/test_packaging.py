@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run_python(code: str, folder: Path) -> str:
-    result = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False)
+def run_python(code: str, folder: Path, **settings: Any) -> str:
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, **settings)
     assert result.returncode == 0, result.stderr
     return result.stdout.strip()
 
 
 def test_packages_are_importable_from_any_folder(tmp_path: Path) -> None:
     run_python("import rayllm, rayllm_kernels, deployments", tmp_path)
+
+
+def test_packages_are_found_beside_folders_of_their_names(tmp_path: Path) -> None:
+    """A clone's, say; also where nothing but the install leads to them."""
+    for name in ("rayllm", "rayllm_kernels", "deployments"):
+        (tmp_path / name).mkdir()
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    code = "import rayllm_kernels.norm, deployments.config; from rayllm import SamplingParams; print(SamplingParams())"
+    assert run_python(code, tmp_path, env=environment).startswith("SamplingParams(")
 
 
 def test_transformers_finds_hugging_faces_kernels_beside_ours() -> None:

@@ -111,9 +111,21 @@ def test_cannot_be_changed():
         SamplingParams().n = 2
 
 
-def test_unknown_fields_are_refused():
-    with pytest.raises(TypeError, match="best_of"):
-        SamplingParams(best_of=2)
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("max_tokns", "did you mean max_tokens?"),
+        ("max_new_tokens", "did you mean max_tokens?"),
+        ("temprature", "did you mean temperature?"),
+        ("top-p", "did you mean top_p?"),
+        ("beam_width", "known are "),
+    ],
+)
+def test_unknown_fields_are_refused(name, hint):
+    with pytest.raises(UsageError) as caught:
+        SamplingParams(**{name: 2})
+    assert str(caught.value).startswith(f"unknown sampling parameter {name}: {hint}")
+    assert caught.value.param == name
 
 
 def test_defaults_cost_nothing_on_the_wire():
