@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from rayllm.errors import EngineDeadError, UsageError
+from rayllm.errors import EngineDeadError, UsageError, nearest
 from rayllm.options import HelpFormatter
 
 ADDRESS_HELP = (
@@ -29,10 +29,28 @@ class Command:
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, and in its help the defaults that say something."""
+    """Says what is wrong in one line, and in its help the defaults that say something. Flags are not abbreviated."""
 
     def __init__(self, **settings: Any):
-        super().__init__(formatter_class=HelpFormatter, **settings)
+        super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **settings)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Knows all of them: what it does not know is an error of this parser, which also a subcommand has."""
+        given = sys.argv[1:] if args is None else list(args)
+        self._check_flags(given)  # before a flag is missing, which may be the misspelt one
+        known, others = super().parse_known_args(given, namespace)
+        if others:
+            self.error(f"unexpected argument {others[0]!r}")
+        return known, others
+
+    def _check_flags(self, given: list[str]) -> None:
+        for argument in given:
+            name = argument.partition("=")[0]
+            if argument == "--" or (self._subparsers and not name.startswith("-")):
+                return  # what follows are no flags, or those of a subcommand
+            if name.startswith("--") and " " not in name and name not in self._option_string_actions:
+                near = nearest(name, self._option_string_actions)
+                self.error(f"unknown flag {name}" + (f": did you mean {near}?" if near else ""))
 
     def error(self, message: str) -> NoReturn:
         """Ends the process with exit code 2."""

@@ -54,7 +54,7 @@ class SamplingParams(msgspec.Struct, metaclass=_Named, frozen=True, kw_only=True
     n: NumChoices = 1
     """Number of choices; choice i samples with `seed + i`."""
     temperature: Temperature = 1.0
-    """0 is greedy (ties go to the lower token id)."""
+    """How random the output is; 0 is greedy (ties go to the lower token id)."""
     top_p: TopP = 1.0
     """Keep the likeliest tokens that make up this probability."""
     top_k: TopK = 0
@@ -68,11 +68,11 @@ class SamplingParams(msgspec.Struct, metaclass=_Named, frozen=True, kw_only=True
     frequency_penalty: Penalty = 0.0
     """Subtracted from a token's logit as many times as the output has the token."""
     logit_bias: LogitBias | None = None
-    """Token id → value added to its logit."""
+    """Values added to the logits of tokens, by token id."""
     seed: Seed | None = None
-    """Same seed, same prompt, same output, whatever else is in the batch; None draws one."""
+    """Same seed, same prompt, same output, whatever else is in the batch. Without it, one is drawn."""
     max_tokens: MaxTokens | None = 16
-    """Longest output; None: up to the end of the context."""
+    """Longest output, in tokens; none: up to the end of the context."""
     min_tokens: MinTokens = 0
     """No end of sequence, stop token or stop string before so many output tokens."""
     stop: StopString | list[StopString] | None = None
@@ -86,11 +86,11 @@ class SamplingParams(msgspec.Struct, metaclass=_Named, frozen=True, kw_only=True
     logprobs: NumLogprobs | None = None
     """Log-probabilities of each output token and of so many likeliest tokens, before any processing."""
     prompt_logprobs: NumLogprobs | None = None
-    """The same for the prompt's tokens but the first; such a request takes no prefix-cache hits."""
+    """Log-probabilities of the prompt's tokens but the first, likewise; such a request takes no prefix-cache hits."""
     skip_special_tokens: bool = True
     """Whether special tokens are left out of the text."""
     snapkv_limit: SnapkvLimit | None = None
-    """Tokens of the prompt that keep their KV, where the engine prunes; None: the engine's limit; "all": all."""
+    """Tokens of the prompt that keep their KV, where the engine prunes, or "all". Without it, the engine's limit."""
 
     def __post_init__(self) -> None:
         try:

@@ -49,12 +49,19 @@ def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["chat", "no/such/folder"], "no model at 'no/such/folder'"),
         (
             ["generate", "m", "--prompt", "a", "--temperature", "-1"],
-            "temperature must be a number from 0 to 100, not -1.0",
+            "temperature must be a number from 0 to 100, not -1",
         ),
         (["generate", "m", "--prompt", "a", "--max-num-seqs", "0"], "max_num_seqs must be at least 1"),
         (["generate", "m", "--prompt", "a", "--max-num-seqs", "many"], "invalid int value: 'many'"),
         (["generate", "m", "--prompt", "a", "--dtype", "int3"], "invalid choice: 'int3'"),
-        (["generate", "m", "--prompt", "a", "--tensor-paralel-size", "2"], "--tensor-paralel-size"),
+        (
+            ["generate", "m", "--max-tokens", "many", "--prompt", "a"],
+            "max_tokens must be an integer, at least 1, or No",
+        ),
+        (["generate", "m", "--prompt", "a", "--system", "b", "--raw"], "--raw: not allowed with argument --system"),
+        (["generate", "m", "another", "--prompt", "a"], "unexpected argument 'another' (`rayllm generate --help`"),
+        (["chat", "m", "--n", "2"], "n must be 1 in a chat, which goes on from one answer, not 2"),
+        (["chat", "m", "--seed", "x"], "argument --seed: invalid int value: 'x' (`rayllm chat --help`"),
         (["generate", "m", "--prompt", "a", "--skip-tokenizer-init"], "skip_tokenizer_init"),
         (["generate"], "required: model"),
         (["serve"], "required: model"),
@@ -65,6 +72,32 @@ def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 )
 def test_errors(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str):
     assert message in error_of(capsys, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "flag", "near"),
+    [
+        (
+            ["generate", "m", "--prompt", "a", "--tensor-paralel-size", "2"],
+            "--tensor-paralel-size",
+            "--tensor-parallel-size",
+        ),
+        (["generate", "m", "--max_tokens=8"], "--max_tokens", "--max-tokens"),
+        (["chat", "m", "--temprature", "1"], "--temprature", "--temperature"),
+        (["chat", "m", "--no-enforce-eagr"], "--no-enforce-eagr", "--no-enforce-eager"),
+        (["chat", "--sistem", "Be brief.", "m"], "--sistem", "--system"),
+        (["serve", "m", "--prot", "80"], "--prot", "--port"),
+        (["batch", "--modle", "m", "--input", "a", "--output", "b"], "--modle", "--model"),
+        (["--verison"], "--verison", "--version"),
+        (["generate", "m", "--xyzzy"], "--xyzzy", None),
+    ],
+)
+def test_unknown_flags(capsys: pytest.CaptureFixture[str], arguments: list[str], flag: str, near: str | None):
+    """The nearest one, and the subcommand's help."""
+    command = " ".join(["rayllm", *arguments[:1]]).removesuffix(" --verison")
+    hint = f": did you mean {near}?" if near else ""
+    expected = f"Error: unknown flag {flag}{hint} (`{command} --help` lists what there is)\n"
+    assert error_of(capsys, *arguments) == expected
 
 
 def test_too_many_shards(capsys: pytest.CaptureFixture[str], smollm2: Path):
