@@ -107,20 +107,21 @@ def _say(llm: LLM, prompt: Prompt, params: SamplingParams, choices: dict[int, In
     for index, choice in sorted(choices.items()):
         if index:
             print(f"\n\n[choice {index + 1}]\n{choice.text}", end="")
-        _show_logprobs(llm, "prompt tokens but the first", choice.prompt_logprobs)
+        else:
+            _show_logprobs(llm, "prompt tokens but the first", choice.prompt_logprobs)
         _show_logprobs(llm, "output tokens", choice.logprobs)
     return first
 
 
 def _show_logprobs(llm: LLM, what: str, entries: list[Logprobs]) -> None:
-    """A line for each token: itself, then the likeliest."""
+    """A line for each token: itself, then the likeliest others."""
     tokenizer = llm.async_llm.tokenizer
     assert tokenizer is not None
     if entries:
-        print(f"\n\n[log-probabilities of the {what}, each before the likeliest in its place]", end="")
+        print(f"\n\n[log-probabilities of the {what}, each before the likeliest others]", end="")
     for entry in entries:
-        shown = zip(entry.logprobs, map(tokenizer.token_text, entry.token_ids), strict=True)
-        print("\n" + "  ".join(f"{logprob:8.4f} {text!r}" for logprob, text in shown), end="")
+        known = dict(zip(entry.token_ids, entry.logprobs, strict=True))
+        print("\n" + "  ".join(f"{value:9.4f} {tokenizer.token_text(id)!r}" for id, value in known.items()), end="")
 
 
 def _converse(llm: LLM, system: list[dict[str, Any]], params: SamplingParams) -> None:
