@@ -10,10 +10,12 @@ from tqdm import tqdm
 
 T = TypeVar("T")
 
+STAGE, PIECES = "{desc} [{elapsed}]", "{desc} {bar} {n_fmt}/{total_fmt} [{elapsed}]"
+
 
 @dataclass(frozen=True)
 class Progress:
-    """How far work is: `done` of `total` pieces of `stage`."""
+    """How far work is: `done` of `total` pieces of `stage`; a stage without pieces has a total of 0."""
 
     stage: str
     done: int = 0
@@ -46,13 +48,14 @@ class Tracker:
         for done, item in enumerate(items):
             self.progress = Progress(stage, done, len(items))
             yield item
+        self.progress = Progress(stage, len(items), len(items))
 
 
 class ProgressBar:
-    """Shows on stderr, in one line that vanishes at the end, how far work elsewhere is."""
+    """Shows on stderr, in one line that vanishes at the end, how far work elsewhere is; a pipe or log gets nothing."""
 
     def __enter__(self) -> Callable[[Progress], None]:
-        self._bar = tqdm(leave=False, bar_format="{desc} {bar} {n_fmt}/{total_fmt} [{elapsed}]")
+        self._bar = tqdm(desc="starting", leave=False, disable=None, bar_format=STAGE)
         return self._show
 
     def __exit__(self, *exception: object) -> None:
@@ -60,4 +63,5 @@ class ProgressBar:
 
     def _show(self, progress: Progress) -> None:
         self._bar.total, self._bar.n = progress.total, progress.done
+        self._bar.bar_format = PIECES if progress.total else STAGE
         self._bar.set_description_str(progress.stage)

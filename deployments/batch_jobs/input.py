@@ -72,7 +72,7 @@ def read_input(files: dict[str, Path], spool: Path) -> JobInput:
     starts: dict[str, int] = {}
     """Number of each file's first row, by name."""
     size = sum(file.stat().st_size for file in files.values())
-    with tqdm(desc="reading input", total=size, unit="B", unit_scale=True, delay=2, leave=False) as bar:
+    with tqdm(desc="reading input", total=size, unit="B", unit_scale=True, delay=2, leave=False, disable=None) as bar:
         for name, file in files.items():
             hashes[name] = _hash(file)
             starts[name] = len(rows)

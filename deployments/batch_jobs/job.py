@@ -148,13 +148,24 @@ def _stream(
         yield block.to_pydict()
 
 
+class _Lines:
+    """What a bar writes over itself, as lines of a log."""
+
+    def write(self, text: str) -> None:
+        if text := text.strip():
+            sys.stderr.write(f"{text}\n")
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
 class _Bar:
     """How many rows are done, and before the first how far the engines are."""
 
     def __init__(self, slots: Any, num_done: int, num_rows: int):
         self._is_terminal = sys.stderr.isatty()
-        period_s = POLL_S if self._is_terminal else BAR_PERIOD_S
-        self._bar = tqdm(desc="starting", initial=num_done, total=num_rows, unit="row", mininterval=period_s)
+        file, period_s = (sys.stderr, POLL_S) if self._is_terminal else (_Lines(), BAR_PERIOD_S)
+        self._bar = tqdm(desc="starting", initial=num_done, total=num_rows, unit="row", file=file, mininterval=period_s)
         self._slots = slots
         self._begun = threading.Event()
         self._start = time.monotonic()

@@ -71,7 +71,7 @@ def _convert(file: Path, folder: Path, progress: bool) -> None:
     import gguf
     from tqdm import tqdm
 
-    with tqdm(total=3, desc=f"converting {file.name} (once)", leave=False, disable=not progress) as steps:
+    with tqdm(total=3, desc=f"converting {file.name} (once)", leave=False, disable=not progress or None) as steps:
         try:
             reader = gguf.GGUFReader(file)
         except (ValueError, IndexError, KeyError, OverflowError) as error:

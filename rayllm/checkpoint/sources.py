@@ -90,7 +90,7 @@ def _fetched(origin: str, is_dummy: bool, weights: bool, track: Track) -> ModelS
 
 def _bar(items: Sequence[T], stage: str) -> Iterator[T]:
     """A `Track` on stderr."""
-    yield from tqdm(items, stage, leave=False, delay=1)
+    yield from tqdm(items, stage, leave=False, delay=1, disable=None)
 
 
 def _gguf(file: Path, progress: bool) -> ModelSource:

@@ -180,7 +180,7 @@ def _wait(groups: list[PlacementGroup], bundles: list[Resources], timeout_s: flo
         delay=1,
         mininterval=1,
         leave=False,
-        disable=not progress,
+        disable=not progress or None,
     ) as bar:
         while not all(group.wait(min(POLL_S, timeout_s)) for group in groups):
             elapsed = time.monotonic() - start
