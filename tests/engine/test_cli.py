@@ -221,6 +221,13 @@ def test_chat(smollm2: Path, reference):
         terminal.read_until(" ")
         terminal.type("\x03")
         assert len(terminal.read_until(" [stopped]\r\n\r\n> ")) < 1000
+        terminal.type("Tell me of the rain. " * 100 + "\n")
+        terminal.read_until("rain. \r\n")
+        time.sleep(0.3)  # the line has been read, and its first token takes longer
+        terminal.type("\x03")
+        terminal.read_until("[stopped: the question is taken back]\r\n\r\n> ")
+        terminal.type("/clear\n")
+        terminal.read_until("/clear\r\n> ")
         time.sleep(0.5)  # Python loses a Ctrl-C between the prompt and the read
         terminal.type("\x03")
         terminal.read_until("> ")
