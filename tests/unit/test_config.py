@@ -163,6 +163,7 @@ def parse(*arguments: str) -> EngineArgs:
 def test_every_field_is_a_flag(name: str):
     values = {
         "tokenizer": "folder",
+        "chat_template": "{{ messages }}",
         "load_format": "dummy",
         "dtype": "bfloat16",
         "device": "cuda",
