@@ -57,7 +57,7 @@ class Load:
         num_prompt_tokens = self.num_prefilled_tokens + self.num_cached_tokens
         prompt_rate, output_rate = num_prompt_tokens / seconds, self.num_output_tokens / seconds
         return (
-            f"{model}: {self.num_running} requests running, {self.num_waiting} waiting; "
+            f"{model}: {self.num_running} running, {self.num_waiting} waiting; "
             f"{prompt_rate:.1f} prompt tokens/s, {output_rate:.1f} output tokens/s; "
             f"KV cache {self.num_used_blocks / max(self.num_blocks, 1):.1%} used, "
             f"prefix hits {self.num_cached_tokens / max(num_prompt_tokens, 1):.1%}"
