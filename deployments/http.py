@@ -184,7 +184,7 @@ def make_app(
         path = re.sub(r"\{(\w+)\}", r"{\1:path}", endpoint.path)
 
         async def answer(request: Request) -> Response:
-            record = log.begin(request.headers.get(REQUEST_ID, ""), request.url.path)
+            record = log.begin(request.headers.get(REQUEST_ID, ""), endpoint.path)
             response = Response(status_code=499)  # unless it is answered
             try:
                 if not endpoint.is_open:
