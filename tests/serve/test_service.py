@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 import ray
@@ -201,7 +203,7 @@ def test_requests_are_told_one_by_one(two: Service):
     assert by_id.pop("stream") == ["second", path, "3", "4", "length", "200"]
     assert by_id.pop("premier") == ["first", path, "3", "4", "length", "200"]
     assert by_id.pop("wrong") == ["-", path, "0", "0", "-", "404"]
-    assert by_id.pop("wrong%20path") == ["-", "/two/v2/a%20b%0Aid%3Dc", "0", "0", "-", "404"]
+    assert by_id.pop("wrong%20path") == ["-", "/two/v2/a%20bid%3Dc", "0", "0", "-", "404"]
     assert by_id.pop("keyless") == ["-", "/v1/models", "0", "0", "-", "401"]
     assert list(by_id.values()) == [["first", "generate", "2", "3", "length", "200"]]
 
@@ -366,23 +368,39 @@ def command() -> Iterator[Any]:
         process.communicate()
 
 
+def has_ipv6() -> bool:
+    with socket.socket(socket.AF_INET6) as probe:
+        try:
+            probe.bind(("::1", 0))
+        except OSError:
+            return False
+    return True
+
+
 @pytest.mark.parametrize("with_haproxy", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_rayllm_serve_until_sigterm(command, tiny_text_model: Path, smollm2: Path, with_haproxy: bool):
     """Streams that run when the signal comes are finished, new requests get 503, and nothing is left."""
     port = free_port()
     arguments = [str(tiny_text_model), "--tokenizer", str(smollm2), "--port", str(port), "--device", "cpu"]
     arguments += ["--served-model-name", "org/tiny", "--block-size", "16", "--num-gpu-blocks-override", "200"]
+    arguments += ["--log-requests"]
+    url = f"http://127.0.0.1:{port}"
     if with_haproxy:
         open_host = ["--host", "0.0.0.0", "--api-replicas", "2"]
         process = command(*arguments, *open_host, RAY_SERVE_ENABLE_HA_PROXY="1")
+    elif has_ipv6():
+        process, url = command(*arguments, "--host", "::1"), f"http://[::1]:{port}"
     else:
         process = command(*arguments)
+    began = time.monotonic()
     assert process.stdout is not None
     line = process.stdout.readline()
-    assert re.fullmatch(rf"org/tiny is served at http://127.0.0.1:{port}/v1 \(started in \d+ s\)\n", line), (
-        process.communicate()[1]
-    )
-    service = Service(f"http://127.0.0.1:{port}", "rayllm")
+    told = re.fullmatch(rf"org/tiny is served at {re.escape(url)}/v1 \(started in (\d+) s\)\n", line)
+    assert told, process.communicate()[1]
+    assert abs(int(told[1]) - (time.monotonic() - began)) < 1.5, "counted from the command's start"
+    logs = process.stdout.readline().removeprefix("Logs are in ").rstrip()
+    assert list(Path(logs).glob("*.log"))
+    service = Service(url, "rayllm")
     http = service.http
     wrong = http.post("/v1/completions", json=TINY | {"max_tokens": -1})
     assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "max_tokens")
@@ -398,9 +416,38 @@ def test_rayllm_serve_until_sigterm(command, tiny_text_model: Path, smollm2: Pat
         refused = http.post("/v1/completions", json=TINY)
         assert (refused.status_code, refused.json()["error"]["message"]) == (503, "the service is shutting down")
         assert [line for line in lines if line][-1] == "data: [DONE]"
-    _, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=30)
     assert process.returncode == 0
     assert "Traceback" not in err
+    assert "Waiting for 1 request to end, at most 60 s; a second signal ends at once\n" in out
+    ended = r"\d\d:\d\d:\d\d id=\S+ model=org/tiny path=/v1/completions prompt_tokens=3 output_tokens=500 finish=length"
+    assert len(re.findall(rf"^{ended} seconds=[\d.]+ status=200$", out, re.MULTILINE)) == 1
+    assert len(re.findall(r"^\S+ id=\S+ model=- path=/v1/completions .* status=503$", out, re.MULTILINE)) == 1
+
+
+@pytest.mark.slow
+def test_a_second_signal_ends_at_once(command, host: str, tiny_model: dict[str, Any]):
+    port = host.rpartition(":")[2]
+    address = ray.get_runtime_context().gcs_address
+    limits = ["--block-size", "16", "--num-gpu-blocks-override", "200", "--device", "cpu"]
+    process = command(
+        tiny_model["model"], "--tokenizer", tiny_model["tokenizer"], "--port", port, "--address", address, *limits
+    )
+    assert process.stdout is not None
+    name = process.stdout.readline().split()[0]
+    body = TINY | {"model": name, "max_tokens": 1900, "stream": True}
+    with httpx.stream("POST", f"{host}/v1/completions", json=body, timeout=60) as response:
+        next(response.iter_lines())
+        process.send_signal(signal.SIGINT)
+        while not process.stdout.readline().startswith("Waiting for 1 request"):
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        signalled = time.monotonic()
+        _, err = process.communicate(timeout=30)
+        assert time.monotonic() - signalled < 10
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    eventually(lambda: "rayllm" not in serve.status().applications, 90, "the application to be gone")
 
 
 @pytest.mark.slow
