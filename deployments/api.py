@@ -91,6 +91,10 @@ class ApiReplica:
         """This process's name, and its metrics in Prometheus' text format."""
         return serve.get_replica_context().replica_tag, self.metrics.text()
 
+    async def is_ready(self) -> bool:
+        """Whether this process knows of an engine for each model."""
+        return not any(link.trouble for link in self._links.values())
+
     async def request_lines(self) -> list[str]:
         """With `log_requests`, what this process has to tell of requests since the last call."""
         return self._log.take()

@@ -20,6 +20,7 @@ from ray.serve.schema import ApplicationStatus
 from deployments.api import API
 from deployments.config import ApiConfig, ServedModel
 from deployments.engine import ENGINE
+from deployments.link import GONE
 from deployments.openai_api import bind, find_models
 from deployments.report import Report
 from deployments.startup import forget, placing, read_failure, read_progress
@@ -32,6 +33,7 @@ from rayllm.progress import Progress, ProgressBar
 APP = "rayllm"
 POLL_S = 0.3
 DRAIN_POLL_S = 0.2
+READY_TIMEOUT_S = 5.0
 
 
 def serve_until_stopped(
@@ -66,10 +68,13 @@ def serve_until_stopped(
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         app = bind(api, found)  # raises, before Serve starts where it would stay
         _start_serve(host, port)
-        if _status() is not None:
-            raise UsageError(
-                f"this cluster serves an application {APP!r} already: end its `rayllm serve`, or `serve shutdown`"
-            )
+        while (earlier := _status()) is not None:
+            if earlier.status != ApplicationStatus.DELETING:
+                raise UsageError(
+                    f"this cluster serves an application {APP!r} already: end its `rayllm serve`, or `serve shutdown`"
+                )
+            if stopped.wait(POLL_S):
+                return
         forget(APP)
         deployed = True
         serve.run_many([serve.RunTarget(app, name=APP, route_prefix="/")], wait_for_applications_running=False)
@@ -145,12 +150,21 @@ def _wait(stopped: threading.Event, config: EngineConfig, num_engines: int) -> b
     with ProgressBar() as show:
         while not stopped.wait(POLL_S):
             app = _status()
-            if app is not None and app.status == ApplicationStatus.RUNNING:
+            if app is not None and app.status == ApplicationStatus.RUNNING and _is_ready():
                 return True
             if app is not None and app.status == ApplicationStatus.DEPLOY_FAILED:
                 raise _failure(app)
             show(next(places, None) or read_progress(APP) or Progress("starting"))
     return False
+
+
+def _is_ready() -> bool:
+    """Whether all that answers HTTP has found its engines; Serve does not wait for that."""
+    response: Any = serve.get_deployment_handle(API, APP).broadcast("is_ready")
+    try:
+        return all(response.results(timeout_s=READY_TIMEOUT_S))
+    except (TimeoutError, *GONE):
+        return False
 
 
 def _failure(app: Any) -> Exception:

@@ -19,7 +19,7 @@ from deployments.openai_api import build, build_app
 from deployments.startup import read_failure
 from rayllm.engine import ray_private
 from rayllm.errors import UsageError
-from serve.serve_testing import free_port
+from serve.serve_testing import eventually, free_port
 
 SERVE_RUN = ["-c", "from ray.serve.scripts import cli; cli()", "run", "deployments.openai_api:build_app"]
 
@@ -158,4 +158,4 @@ def test_rayllm_serve_says_what_the_cluster_lacks(full_cluster: str, tiny_text_m
             "device=cuda needs 1 GPU + 1 CPU, but the cluster has 0 GPU + 16 CPU and nothing can add"
         )
     assert time.monotonic() - start < 120
-    assert "rayllm" not in serve.status().applications
+    eventually(lambda: "rayllm" not in serve.status().applications, 90, "the application to be gone")
