@@ -77,7 +77,7 @@ class Service:
 
     def model(self, name: str | None) -> Model:
         """The model of this name, without one the only one; raises `ApiError` (404) for one that is not served."""
-        if name is None and len(self.models) == 1:
+        if name is None and len({model.name for model in self.models.values()}) == 1:
             return next(iter(self.models.values()))
         if name is None:
             raise ApiError(400, f"model is missing: use one of {', '.join(self.models)}", "model")
