@@ -170,7 +170,7 @@ def make_app(
             raise ApiError(401, message, code="invalid_api_key")
 
     async def read_body(request: Request) -> bytes:
-        if (encoding := request.headers.get("content-encoding", "identity")).lower() != "identity":
+        if (encoding := request.headers.get("content-encoding", "")).lower() not in ("", "identity"):
             raise ApiError(415, f"the body must be sent as it is, without content-encoding: {encoding}")
         body = bytearray()
         async for part in request.stream():

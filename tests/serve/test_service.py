@@ -87,11 +87,8 @@ def test_models_are_chosen_by_name(two: Service):
         assert answer.model == name
         assert answer.usage is not None and answer.usage.total_tokens == min(length, 110)
     described = two.http.get("/openapi.json").json()
-    assert described["components"]["schemas"]["ChatRequest"]["properties"]["model"]["enum"] == [
-        "first",
-        "premier",
-        "second",
-    ]
+    [named, _] = described["components"]["schemas"]["ChatRequest"]["properties"]["model"]["anyOf"]
+    assert named["enum"] == ["first", "premier", "second"]
 
 
 def test_a_model_has_several_names(two: Service):
@@ -150,7 +147,8 @@ def test_compressed_bodies_are_refused(tiny: Service):
         error = answer.json()["error"]
         assert (answer.status_code, error["type"]) == (415, "invalid_request_error")
         assert encoding in error["message"]
-    assert tiny.http.post("/v1/completions", content=body, headers={"content-encoding": "Identity"}).is_success
+    for encoding in ("Identity", ""):
+        assert tiny.http.post("/v1/completions", content=body, headers={"content-encoding": encoding}).is_success
 
 
 def test_what_is_there_without_a_key(two: Service):
