@@ -81,7 +81,8 @@ def serve_until_stopped(
         config = model.resolve(found[0][1].config, placement.choose_device(model.device))
         if _wait(stopped, config, model.num_replicas):
             seconds = time.monotonic() - STARTED
-            print(f"{model.name} is served at {_url(host, port)}/v1 (started in {seconds:.0f} s)")
+            reached = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+            print(f"{model.name} is served at http://{_at(reached, port)}/v1 (started in {seconds:.0f} s)")
             print(f"Logs are in {ray_private.log_folder()}/serve", flush=True)
             report = Report(APP, model.name, api.log_requests)
             _watch(stopped, report)
@@ -113,10 +114,9 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _url(host: str, port: int) -> str:
-    """Where this machine reaches the service."""
-    reached = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"http://[{reached}]:{port}" if ":" in reached else f"http://{reached}:{port}"
+def _at(host: str, port: int) -> str:
+    """Both, as they stand in a URL."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _check_port(host: str, port: int) -> None:
@@ -126,7 +126,7 @@ def _check_port(host: str, port: int) -> None:
             probe.bind((host, port))
         except (OSError, OverflowError) as error:
             raise UsageError(
-                f"cannot listen at {host}:{port} ({error}): choose another --host or --port", "port"
+                f"cannot listen at {_at(host, port)} ({error}): choose another --host or --port", "port"
             ) from None
 
 
