@@ -74,6 +74,7 @@ class Report:
         self._engine = serve.get_deployment_handle(ENGINE, app)
         self._stats = {status.engine: status.stats for status in self._statuses()}
         self._told = time.monotonic()
+        self._was_idle = True
 
     def tell(self) -> None:
         """Prints what is due; is to be called often."""
@@ -83,8 +84,9 @@ class Report:
             statuses = self._statuses()
             load = Load.of(statuses, self._stats)
             self._stats |= {status.engine: status.stats for status in statuses}
-            if not load.is_idle:
+            if not (load.is_idle and self._was_idle):  # the first idle one tells that the work is over
                 _say(load.line(self._model, seconds))
+            self._was_idle = load.is_idle
 
     def tell_requests(self) -> None:
         """With `log_requests`, prints the requests that have ended."""
