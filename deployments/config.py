@@ -2,30 +2,49 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
+import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rayllm.config import EngineArgs
 from rayllm.errors import UsageError, check_names
 from rayllm.options import Options, option
 
+KEY_VARIABLE = "VLLM_API_KEY"
+"""The environment's variable with a key: where services move from vLLM, it is set already."""
+
+ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/?#\s]+")
+
 
 @dataclass(frozen=True, kw_only=True)
 class NamedModel(EngineArgs):
     """An engine whose model requests call by a name, and that reads and writes text."""
 
-    served_model_name: str | None = option(
-        None, "The model's name in requests. Without it, the name of its file or folder is used."
+    served_model_name: str | tuple[str, ...] | None = option(
+        None,
+        "The model's name in requests; of several, each is good, and the first stands in metrics. Without it, the name "
+        "of its file or folder is used.",
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        is_named = all(isinstance(name, str) and name for name in self.served_names)
+        self.check(is_named, "served_model_name", "non-empty texts")
         self.check(not self.skip_tokenizer_init, "skip_tokenizer_init", "off: requests are read and answered as text")
 
     @property
+    def served_names(self) -> tuple[str, ...]:
+        """What requests may call the model."""
+        given = self.served_model_name or self.model.rstrip("/").removesuffix(".gguf").rpartition("/")[2]
+        return (given,) if isinstance(given, str) else given
+
+    @property
     def name(self) -> str:
-        """What requests call the model."""
-        return self.served_model_name or self.model.rstrip("/").removesuffix(".gguf").rpartition("/")[2]
+        """The first of `served_names`."""
+        return self.served_names[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +114,18 @@ class ApiConfig(Options):
         600.0, "How long, in seconds, there must be too many engines, or HTTP processes, before some end."
     )
     api_keys: tuple[str, ...] = option(
-        (), "Keys, one of which a request must bear. Without them, requests need no key."
+        (),
+        "Keys, one of which a request must bear. They show in the list of processes, unlike those of api_keys_file and "
+        f"of the environment variable {KEY_VARIABLE}. Without any, requests need no key.",
+    )
+    api_keys_file: str | None = option(
+        None, "A file with more keys, one in each line. Without it, there are only the others."
+    )
+    allowed_origins: tuple[str, ...] = option(
+        (), "Origins (https://example.com, or * for all) whose pages may ask, by CORS. Without them, none may."
+    )
+    log_requests: bool = option(
+        False, "Tell of each request, when it ends: id, model, path, tokens, finish, seconds, status; no text of it."
     )
     max_body_bytes: int = option(16 << 20, "Largest body of a request, in bytes; a larger one gets status 413.")
     recovery_timeout_s: float = option(
@@ -112,9 +142,24 @@ class ApiConfig(Options):
         self.check(self.upscale_delay_s > 0, "upscale_delay_s", "over 0")
         self.check(self.downscale_delay_s >= 0, "downscale_delay_s", "at least 0")
         self.check(all(isinstance(key, str) and key for key in self.api_keys), "api_keys", "non-empty texts")
+        are_origins = all(isinstance(origin, str) and ORIGIN.fullmatch(origin) for origin in self.allowed_origins)
+        self.check(are_origins, "allowed_origins", "* or origins such as https://example.com, without a path")
         self.check(self.max_body_bytes >= 1, "max_body_bytes", "at least 1")
         self.check(self.recovery_timeout_s >= 0, "recovery_timeout_s", "at least 0")
         self.check(self.drain_timeout_s >= 0, "drain_timeout_s", "at least 0")
+
+    def with_keys_read(self) -> ApiConfig:
+        """This with all keys in `api_keys`, for other nodes. Raises `UsageError` for a file that has none."""
+        keys = [*self.api_keys, *filter(None, [os.environ.get(KEY_VARIABLE)])]
+        if (file := self.api_keys_file) is not None:
+            try:
+                found = [line.strip() for line in Path(file).expanduser().read_text("utf-8-sig").splitlines()]
+            except (OSError, UnicodeDecodeError) as error:
+                reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+                raise UsageError(f"api_keys_file {file!r} cannot be read: {reason}", "api_keys_file") from None
+            self.check(any(found), "api_keys_file", "a file with a key in each line")
+            keys += filter(None, found)
+        return dataclasses.replace(self, api_keys=tuple(dict.fromkeys(keys)), api_keys_file=None)
 
 
 def _check_scaling(options: Options, least: str, most: str, target: str) -> None:
@@ -151,7 +196,7 @@ def read_arguments(arguments: dict[str, Any]) -> tuple[ApiConfig, list[ServedMod
     if listed is not None and not (isinstance(listed, list) and listed and all(isinstance(m, dict) for m in listed)):
         raise UsageError("models must be a list with the arguments of each model", "models")
     models = [ServedModel.of(**ServedModel.parse(model)) for model in (listed if listed is not None else [given])]
-    names = [model.name for model in models]
+    names = [name for model in models for name in model.served_names]
     if double := {name for name in names if names.count(name) > 1}:
         raise UsageError(
             f"served_model_name must differ between models, but two are called {', '.join(double)}", "served_model_name"

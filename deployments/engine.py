@@ -32,6 +32,8 @@ from rayllm.sampling_params import SamplingParams
 
 logger = logging.getLogger("ray.serve")
 
+ENGINE = "Engine"
+"""The deployment's name; with several models, its beginning."""
 HEALTH_MARGIN_S = 5
 """A check may wait for a stuck driver's answer until that counts as dead; only then Serve should."""
 STATUS_TIMEOUT_S = 1.5
@@ -153,9 +155,9 @@ class EngineReplica:
 
 
 def engine_deployment(
-    model: ServedModel, config: EngineConfig, source: ModelSource, name: str, api: ApiConfig
+    model: ServedModel, config: EngineConfig, source: ModelSource, name: str, strategy: str, api: ApiConfig
 ) -> serve.Application:
-    """`model`, whose engines run with `config`, as a deployment called `name`."""
+    """`model`, whose engines run with `config`, as a deployment called `name`; `strategy`: how Ray places shards."""
     options = scaling(
         model.num_replicas,
         model.max_replicas,
@@ -172,7 +174,7 @@ def engine_deployment(
         **options,
         ray_actor_options={"num_cpus": 0},
         placement_group_bundles=placement.bundles_of(config.tensor_parallel_size, config.device),
-        placement_group_strategy="STRICT_PACK",
+        placement_group_strategy=strategy,
         max_ongoing_requests=1_000_000,  # the replica itself bounds its queue
         health_check_period_s=1,
         health_check_timeout_s=config.step_timeout_s + HEALTH_MARGIN_S,

@@ -5,13 +5,16 @@ from __future__ import annotations
 import hmac
 import logging
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
@@ -20,6 +23,7 @@ from deployments.answers import ErrorBody, ErrorDetail
 from deployments.bodies import decode_body
 from deployments.config import ApiConfig
 from deployments.protocol import NOTHING
+from deployments.request_log import RequestLog, RequestRecord
 from rayllm import __version__
 from rayllm.errors import ContextLengthError, EngineDeadError, QueueFullError, UsageError
 from rayllm.sampling_params import SamplingParams
@@ -34,6 +38,7 @@ ERROR_STATUSES = {
     404: "No such model or path",
     405: "No such method",
     413: "The body is too large",
+    415: "The body is compressed",
     429: "Too much is waiting already: try again after `Retry-After` seconds",
     500: "A fault of the server",
     503: "There is no engine at present: try again after `Retry-After` seconds",
@@ -115,6 +120,8 @@ class Endpoint:
     """The type of a stream's events, for endpoints that stream."""
     is_open: bool = False
     """No API key is asked for."""
+    is_probe: bool = False
+    """Asked over and over by what watches the service: such requests are not logged."""
     statuses: tuple[int, ...] = ()
     """Errors that it may answer with, beside those that all may."""
 
@@ -127,34 +134,44 @@ class Endpoint:
 class Events:
     """An answer as a stream of server-sent events."""
 
-    def __init__(self, chunks: AsyncIterator[Iterable[msgspec.Struct]]):
+    def __init__(self, chunks: AsyncGenerator[Iterable[msgspec.Struct]]):
         self.chunks = chunks
 
-    async def encoded(self) -> AsyncIterator[bytes]:
+    async def encoded(self) -> AsyncGenerator[bytes]:
         """The events as they are sent, an error in place of the last one if the answer fails."""
         try:
-            async for structs in self.chunks:
-                if events := b"".join(b"data: " + _encode(struct) + b"\n\n" for struct in structs):
-                    yield events
+            async with aclosing(self.chunks):
+                async for structs in self.chunks:
+                    if events := b"".join(b"data: " + _encode(struct) + b"\n\n" for struct in structs):
+                        yield events
             yield b"data: [DONE]\n\n"
         except Exception as error:  # the status is sent already
             yield b"data: " + _encode(ErrorBody(error_of(error).detail)) + b"\n\n"
 
 
 def make_app(
-    endpoints: list[Endpoint], models: list[str], config: ApiConfig, observe: Callable[[str, int], None]
+    endpoints: list[Endpoint],
+    models: list[str],
+    config: ApiConfig,
+    observe: Callable[[str, int], None],
+    log: RequestLog,
 ) -> Starlette:
-    """The ASGI application; `observe` is told each answer's path and status."""
+    """The ASGI application; `observe` is told each answer's path and status, `log` each request's end."""
     keys = [key.encode() for key in config.api_keys]
     schema = _encode(openapi(endpoints, models, bool(keys)))
 
     def check_key(request: Request) -> None:
-        scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        is_known = any([hmac.compare_digest(given.encode(), key) for key in keys])  # all, whichever fits
-        if keys and not (is_known and scheme.lower() == "bearer"):
-            raise ApiError(401, "give a valid API key: Authorization: Bearer KEY", code="invalid_api_key")
+        scheme, _, bearer = request.headers.get("authorization", "").partition(" ")
+        given = [request.headers.get("x-api-key", ""), bearer if scheme.lower() == "bearer" else ""]
+        sent = [key.encode("latin-1") for key in given]  # as it came
+        is_known = any([hmac.compare_digest(key, known) for key in sent for known in keys])  # all, whichever fits
+        if keys and not is_known:
+            message = "give a valid API key: Authorization: Bearer KEY, or x-api-key: KEY"
+            raise ApiError(401, message, code="invalid_api_key")
 
     async def read_body(request: Request) -> bytes:
+        if (encoding := request.headers.get("content-encoding", "")).lower() not in ("", "identity"):
+            raise ApiError(415, f"the body must be sent as it is, without content-encoding: {encoding}")
         body = bytearray()
         async for part in request.stream():
             body += part
@@ -167,32 +184,56 @@ def make_app(
         path = re.sub(r"\{(\w+)\}", r"{\1:path}", endpoint.path)
 
         async def answer(request: Request) -> Response:
+            record = log.begin(request.headers.get(REQUEST_ID, ""), endpoint.path)
+            response = Response(status_code=499)  # unless it is answered
             try:
                 if not endpoint.is_open:
                     check_key(request)
                 arguments = dict(request.path_params)
                 if decoder:
                     arguments["body"] = decode_body(await read_body(request), decoder)
-                response = _response(await endpoint.handler(request.headers.get(REQUEST_ID, ""), **arguments))
+                response = _response(await endpoint.handler(record.id, **arguments))
             except ClientDisconnect:
-                response = Response(status_code=499)
+                pass
             except Exception as error:
                 response = _error_response(error_of(error))
+            finally:
+                if isinstance(response, StreamingResponse):
+                    response.body_iterator = until_end(response.body_iterator, record, response.status_code)
+                elif not endpoint.is_probe:
+                    log.end(record, response.status_code)
             observe(endpoint.path, response.status_code)
             return response
 
         return Route(path, answer, methods=[endpoint.method])
+
+    async def until_end(parts: Any, record: RequestRecord, status: int) -> AsyncIterator[bytes]:
+        try:
+            async with aclosing(parts):
+                async for part in parts:
+                    yield part
+        finally:
+            log.end(record, status)
 
     async def describe(request: Request) -> Response:
         return Response(schema, media_type="application/json")
 
     async def refuse(request: Request, error: Exception) -> Response:
         response = _error_response(error_of(error), getattr(error, "headers", None))
+        log.end(log.begin(request.headers.get(REQUEST_ID, ""), request.url.path), response.status_code)
         observe("", response.status_code)
         return response
 
     routes = [Route("/openapi.json", describe), *map(route, endpoints)]
-    return Starlette(routes=routes, exception_handlers={HTTPException: refuse})
+    cors = Middleware(
+        CORSMiddleware,
+        allow_origins=config.allowed_origins,
+        allow_methods=["*"],
+        allow_headers=["*"],
+        expose_headers=[REQUEST_ID, "retry-after"],
+    )
+    middleware = [cors] if config.allowed_origins else []
+    return Starlette(routes=routes, middleware=middleware, exception_handlers={HTTPException: refuse})
 
 
 def _response(answer: Any) -> Response:
@@ -240,7 +281,7 @@ def openapi(endpoints: list[Endpoint], models: list[str], asks_for_keys: bool) -
             event = {"type": "object", "properties": {"data": {"type": "string", "description": what}}}
             content["text/event-stream"] = {"schema": event | {"required": ["data"]}}
         responses: dict[str, Any] = {"200": {"description": endpoint.summary, "content": content}}
-        statuses = [*endpoint.statuses, 405, 500] + ([400, 413] if endpoint.body else [])
+        statuses = [*endpoint.statuses, 405, 500] + ([400, 413, 415] if endpoint.body else [])
         statuses += [401] if asks_for_keys and not endpoint.is_open else []
         for status in sorted(statuses):
             error = {"application/json": {"schema": reference[ErrorBody]}}
@@ -262,6 +303,9 @@ def openapi(endpoints: list[Endpoint], models: list[str], asks_for_keys: bool) -
         "components": {"schemas": components},
     }
     if asks_for_keys:
-        schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-        schema["security"] = [{"key": []}]
+        schema["components"]["securitySchemes"] = {
+            "bearer": {"type": "http", "scheme": "bearer"},
+            "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+        }
+        schema["security"] = [{"bearer": []}, {"x-api-key": []}]
     return schema

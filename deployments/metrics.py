@@ -12,6 +12,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.parser import text_string_to_metric_families
 from ray.util import metrics as ray_metrics
 
+from deployments.request_log import CURRENT
 from rayllm.engine.driver import EngineStats
 from rayllm.frontend.output import Increment
 
@@ -98,10 +99,12 @@ class RequestTimer:
         self._prompts = prompts
         self._first: dict[int, float] = {}
         self._num_tokens: dict[int, int] = {}
+        self._finishes: set[str] = set()
         self._num_open = self._uncounted = 0
 
     def __enter__(self) -> RequestTimer:
         self._start = time.monotonic()
+        self._record = CURRENT.get()
         self._metrics.prompt_tokens.add(sum(map(len, self._prompts)), self._model)
         return self
 
@@ -121,6 +124,7 @@ class RequestTimer:
         self._num_tokens[index] += len(increment.token_ids)
         if increment.finish_reason:
             self._num_open -= 1
+            self._finishes.add(increment.finish_reason)
             metrics.requests.add(1, self._model, increment.finish_reason)
             if (num_more := self._num_tokens[index] - 1) > 0:
                 metrics.per_token.observe((now - self._first[index]) / num_more, self._model)
@@ -135,7 +139,13 @@ class RequestTimer:
             self._metrics.request.observe(time.monotonic() - self._start, self._model)
         else:
             ending = "error" if issubclass(kind, Exception) else "abort"
+            self._finishes.add(ending)
             self._metrics.requests.add(max(self._num_open, 1), self._model, ending)
+        if self._record:
+            self._record.model = self._model
+            self._record.num_prompt_tokens = sum(map(len, self._prompts))
+            self._record.num_output_tokens = sum(self._num_tokens.values())
+            self._record.finish = ",".join(sorted(self._finishes))
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import click
@@ -12,11 +14,12 @@ from ray import serve
 
 from deployments.api import api_deployment
 from deployments.config import ApiConfig, ServedModel, read_arguments
-from deployments.engine import engine_deployment
+from deployments.engine import ENGINE, engine_deployment
 from rayllm.checkpoint.sources import ModelSource, resolve_model
-from rayllm.config import DeviceName, EngineConfig
+from rayllm.config import EngineConfig
 from rayllm.engine import placement, ray_private
 from rayllm.errors import UsageError
+from rayllm.frontend.chat import with_chat_template_read
 from rayllm.frontend.tokenizer import load_tokenizer
 
 
@@ -36,13 +39,13 @@ def build_app(arguments: dict[str, Any]) -> serve.Application:
 
 def build(arguments: dict[str, Any]) -> serve.Application:
     """The application of these arguments. Raises `UsageError`."""
-    return bind(*find_models(arguments))
+    return bind(*find_models(*read_arguments(arguments)))
 
 
-def find_models(arguments: dict[str, Any]) -> tuple[ApiConfig, list[tuple[ServedModel, ModelSource]]]:
-    """What the arguments say, all models and tokenizers found; asks no Ray. Raises `UsageError`."""
-    api, given = read_arguments(arguments)
-    models = [(model, resolve_model(model.model, model.load_format)) for model in given]
+def find_models(api: ApiConfig, given: list[ServedModel]) -> tuple[ApiConfig, list[tuple[ServedModel, ModelSource]]]:
+    """The arguments with all files read that they name, and the models found; asks no Ray. Raises `UsageError`."""
+    api = api.with_keys_read()
+    models = [(with_chat_template_read(model), resolve_model(model.model, model.load_format)) for model in given]
     for model, source in models:
         model.check_model(source.config)
         load_tokenizer(model, source)
@@ -50,24 +53,30 @@ def find_models(arguments: dict[str, Any]) -> tuple[ApiConfig, list[tuple[Served
 
 
 def bind(api: ApiConfig, found: list[tuple[ServedModel, ModelSource]]) -> serve.Application:
-    """The application of what `find_models` found. Raises `UsageError`."""
-    device: DeviceName = "cpu"  # of models that leave it open
-    if any(model.device == "auto" for model, _ in found):
-        device = _device_of_cluster()
+    """The application of what `find_models` found. Raises `UsageError`, also for what the cluster can never hold."""
     models: list[tuple[ServedModel, EngineConfig, ModelSource]] = []
-    engines = []
-    for model, source in found:
-        config = model.resolve(source.config, device if model.device == "auto" else model.device)
-        name = "Engine" if len(found) == 1 else f"Engine-{model.name}"
-        models.append((model, config, source))
-        engines.append(engine_deployment(model, config, source, name, api))
+    engines, bundles = [], []
+    with _cluster_in_view():
+        for model, source in found:
+            config = model.resolve(source.config, placement.choose_device(model.device))
+            own = placement.bundles_of(config.tensor_parallel_size, config.device)
+            strategy = placement.feasible_strategy(own, model.num_replicas, "num_replicas")
+            name = ENGINE if len(found) == 1 else f"{ENGINE}-{model.name}"
+            models.append((model, config, source))
+            engines.append(engine_deployment(model, config, source, name, strategy, api))
+            bundles += own * model.num_replicas
+        if len(found) > 1:
+            placement.check_room(bundles)
     return api_deployment(api, models, engines)
 
 
-def _device_of_cluster() -> DeviceName:
-    """What engines of the cluster run on where the arguments do not say: `serve run` asks before it connects to it."""
+@contextlib.contextmanager
+def _cluster_in_view() -> Iterator[None]:
+    """Connected meanwhile to the cluster that will serve, if there is one: `serve run` asks for the application before
+    it connects itself, or starts a Ray on this machine."""
     if ray.is_initialized():
-        return placement.choose_device("auto")
+        yield
+        return
     context = click.get_current_context(silent=True)
     address = (context.params.get("address") if context else None) or os.environ.get("RAY_ADDRESS") or "auto"
     try:
@@ -75,9 +84,7 @@ def _device_of_cluster() -> DeviceName:
     except UsageError:
         if address != "auto":
             raise
-        # there is no cluster yet: `serve run` will start one on this machine
-        return "cuda" if ray_private.count_gpus_here() else "cpu"
     try:
-        return placement.choose_device("auto")
+        yield
     finally:
         ray.shutdown()

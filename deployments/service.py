@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import msgspec
+from starlette.responses import PlainTextResponse
 
 from deployments.answers import (
     ChatChunk,
@@ -54,18 +55,20 @@ class Model:
     state: EngineState
     created: int
     """When this process began to serve it, in seconds since 1970."""
+    aliases: tuple[str, ...] = ()
+    """Other names that requests may use."""
 
-    @property
-    def card(self) -> ModelCard:
-        """What `/v1/models` tells of it."""
-        return ModelCard(id=self.name, created=self.created, max_model_len=self.client.max_model_len)
+    def card(self, name: str) -> ModelCard:
+        """What `/v1/models` tells of it under one of its names."""
+        return ModelCard(id=name, created=self.created, max_model_len=self.client.max_model_len)
 
 
 class Service:
     """The models of one application, for HTTP and for Python alike."""
 
     def __init__(self, models: list[Model], metrics: ServiceMetrics):
-        self.models = {model.name: model for model in models}
+        self.models = {name: model for model in models for name in (model.name, *model.aliases)}
+        """By all names."""
         self.metrics = metrics
         self.is_draining = False
         """Whether new requests are refused, since the service is about to end."""
@@ -74,7 +77,7 @@ class Service:
 
     def model(self, name: str | None) -> Model:
         """The model of this name, without one the only one; raises `ApiError` (404) for one that is not served."""
-        if name is None and len(self.models) == 1:
+        if name is None and len({model.name for model in self.models.values()}) == 1:
             return next(iter(self.models.values()))
         if name is None:
             raise ApiError(400, f"model is missing: use one of {', '.join(self.models)}", "model")
@@ -148,14 +151,14 @@ class Service:
 
     async def list_models(self, request_id: str) -> ModelList:
         """Lists the models that are served."""
-        return ModelList([model.card for model in self.models.values()])
+        return ModelList([model.card(name) for name, model in self.models.items()])
 
     async def show_model(self, request_id: str, model: str) -> ModelCard:
         """Describes one model.
 
         Raises `ApiError` (404) for one that is not served.
         """
-        return self.model(model).card
+        return self.model(model).card(model)
 
     async def tokenize(self, request_id: str, body: TokenizeRequest) -> Tokens:
         """Turns a text, or a conversation, into token ids.
@@ -196,12 +199,19 @@ class Service:
 
         Raises `EngineDeadError` if one cannot.
         """
-        trouble = {name: model.state.trouble for name, model in self.models.items() if model.state.trouble}
+        trouble = {model.name: model.state.trouble for model in self.models.values() if model.state.trouble}
         if self.is_draining:
             raise EngineDeadError("the service is shutting down")
         if trouble:
             raise EngineDeadError("; ".join(f"{name} is not available: {reason}" for name, reason in trouble.items()))
         return Health("ok", list(self.models))
+
+    async def introduce(self, request_id: str) -> PlainTextResponse:
+        """Says what this is, and where to look."""
+        return PlainTextResponse(
+            f"rayllm {__version__} serves OpenAI's API at /v1: /openapi.json describes it, /v1/models lists models, "
+            "/health tells how it is.\n"
+        )
 
     async def version(self, request_id: str) -> Version:
         """Tells the version of the service."""
@@ -224,7 +234,11 @@ class Service:
             post("/tokenize", self.tokenize, Tokens, TokenizeRequest),
             post("/detokenize", self.detokenize, Text, DetokenizeRequest),
             get("/tokenizer_info", self.tokenizer_info, TokenizerInfo, statuses=(400,)),
-            get("/health", self.health, Health, is_open=True, statuses=(503,)),
+            *(
+                Endpoint(method, path, self.health, Health, is_open=True, is_probe=True, statuses=(503,))
+                for method, path in (("GET", "/health"), ("GET", "/ping"), ("POST", "/ping"))
+            ),
+            get("/", self.introduce, None, is_open=True),
             get("/version", self.version, Version, is_open=True),
         ]
 
@@ -239,7 +253,7 @@ async def _complete(increments: AsyncGenerator[Increment], body: GenerationReque
 
 async def _events(
     first: Increment, increments: AsyncGenerator[Increment], writer: Writer[Any]
-) -> AsyncIterator[Iterable[msgspec.Struct]]:
+) -> AsyncGenerator[Iterable[msgspec.Struct]]:
     try:
         writer.count(first)
         yield await aside(writer.size([first]), lambda: list(writer.chunks(first)))

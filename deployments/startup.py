@@ -1,6 +1,7 @@
-"""What replicas leave in Ray's key-value store while they start.
+"""The start of an application, as far as Serve does not watch over it.
 
-A replica that starts cannot be called yet, and of one that failed Serve tells a text.
+Replicas leave what they have to tell in Ray's key-value store: one that starts cannot be called yet, and of one that
+failed Serve tells a text. And Serve would wait for an engine's resources for ever.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import pickle
 from collections.abc import Iterator
 from typing import Any
 
-from rayllm.engine import ray_private
+from rayllm.config import EngineConfig
+from rayllm.engine import placement, ray_private
 from rayllm.errors import EngineDeadError, UsageError
 from rayllm.progress import Progress
 
@@ -49,6 +51,21 @@ def forget(app: str) -> None:
     """Removes what an earlier application of this name left."""
     for what in (PROGRESS, FAILURE):
         _write(app, what, None)
+
+
+def placing(app: str, deployment: str, config: EngineConfig, num_engines: int) -> Iterator[Progress]:
+    """Yields how long it has been waited, until so many engines of `deployment` have their resources.
+
+    Raises `UsageError` after `placement_timeout_s`.
+    """
+
+    def are_placed() -> bool:
+        return ray_private.count_serve_places(app, deployment) >= num_engines
+
+    bundles = placement.bundles_of(config.tensor_parallel_size, config.device)
+    needed, timeout_s = placement.needed_by(bundles, num_engines), config.placement_timeout_s
+    for elapsed, free in placement.waiting(are_placed, bundles, num_engines, timeout_s, "num_replicas"):
+        yield Progress(f"waiting for {needed}: {free}", int(elapsed), int(timeout_s))
 
 
 def _write(app: str, what: str, value: object) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -11,6 +12,8 @@ from typing import Any, NoReturn
 from rayllm.errors import EngineDeadError, UsageError, nearest
 from rayllm.options import HelpFormatter
 
+STARTED = time.monotonic()
+"""When the command began: this module is among the first that are loaded."""
 ADDRESS_HELP = (
     "The address of a running Ray cluster. Without it, RAY_ADDRESS holds, which a job has, or Ray starts here."
 )

@@ -35,6 +35,9 @@ class EngineArgs(Options):
         "", "The model: a folder, a .gguf file, a Hub id, a URL (s3://…), or with load_format=dummy a config.json."
     )
     tokenizer: str | None = option(None, "Folder or Hub id of the tokenizer. Without it, the model's own is used.")
+    chat_template: str | None = option(
+        None, "The chat template: a Jinja file, or the template itself. Without it, the tokenizer's own is used."
+    )
     skip_tokenizer_init: bool = option(False, "Load no tokenizer: token ids go in, and token ids come out.")
     generation_config: Literal["auto", "vllm"] = option(
         "auto",
@@ -103,7 +106,9 @@ class EngineArgs(Options):
             "max_num_batched_tokens",
             f"at least max_num_seqs ({self.max_num_seqs}), one token each",
         )
-        check(not (self.skip_tokenizer_init and self.tokenizer), "skip_tokenizer_init", "off when a tokenizer is named")
+        for name in ("tokenizer", "chat_template"):
+            is_off = not (self.skip_tokenizer_init and getattr(self, name))
+            check(is_off, "skip_tokenizer_init", f"off when {name} is given")
 
     def resolve(self, model: ModelConfig, device: DeviceName) -> EngineConfig:
         """What the engine runs with, everything decided. Raises `UsageError` for what cannot work together."""

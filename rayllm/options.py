@@ -74,7 +74,7 @@ def add_arguments(group: argparse._ArgumentGroup, cls: type[Options]) -> None:
         settings: dict[str, Any] = {"default": field.default}
         if hint is bool:
             settings["action"] = argparse.BooleanOptionalAction
-        elif typing.get_origin(hint) is tuple:
+        elif _holds_list(hint):
             settings |= {"nargs": "+", "metavar": "TEXT"}
         elif choices := _choices(hint):
             settings |= {"choices": choices, "type": str}
@@ -103,6 +103,10 @@ def _kinds(hint: Any) -> tuple[Any, ...]:
     return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
 
 
+def _holds_list(hint: Any) -> bool:
+    return any(typing.get_origin(kind) is tuple for kind in _kinds(hint))
+
+
 def _kind_name(kind: type) -> str:
     return "list" if kind is tuple else kind.__name__.removesuffix("Type")
 
@@ -115,9 +119,12 @@ def _parse(value: Any, hint: Any) -> Any:
     """A value that does not parse stays as it is, to be refused by name."""
     if isinstance(value, list):
         return tuple(value)
-    if not isinstance(value, str) or str in _kinds(hint) or _choices(hint):
+    is_text = str in _kinds(hint)
+    if not isinstance(value, str) or (is_text and not _holds_list(hint)) or _choices(hint):
         return value
     with contextlib.suppress(ValueError):
         parsed = json.loads(value.lower() if hint is bool else value)
-        return tuple(parsed) if isinstance(parsed, list) else parsed
+        if isinstance(parsed, list):
+            return tuple(parsed)
+        return value if is_text else parsed
     return value

@@ -163,7 +163,8 @@ class JobEngine:
         tokenizer = load_tokenizer(args, source.on_this_node(weights=False))
         client = Client(engine, config, source.config, tokenizer, engine.host)
         self._model = args.name
-        self._service = Service([Model(args.name, client, tokenizer, engine, int(time.time()))], ServiceMetrics())
+        model = Model(args.name, client, tokenizer, engine, int(time.time()), args.served_names[1:])
+        self._service = Service([model], ServiceMetrics())
 
     async def __call__(self, rows: pyarrow.Table) -> dict[str, list[Any]]:
         """`key` and `row` (JSON) become `key`, `line` (the answer's JSON), `failed` and `tokens` (of the output).

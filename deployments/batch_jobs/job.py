@@ -28,6 +28,7 @@ from rayllm.checkpoint.sources import ModelSource, resolve_model
 from rayllm.config import EngineConfig
 from rayllm.engine import placement, ray_private
 from rayllm.errors import EngineDeadError, UsageError
+from rayllm.frontend.chat import with_chat_template_read
 from rayllm.frontend.tokenizer import load_tokenizer
 from rayllm.progress import Progress
 
@@ -48,6 +49,7 @@ def run(config: BatchConfig, pattern: str, folder: str, address: str | None = No
     files = find_files(pattern)
     source = resolve_model(config.model, config.load_format)
     config.check_model(source.config)
+    config = with_chat_template_read(config)
     load_tokenizer(config, source)
     signal.signal(signal.SIGTERM, _interrupt)
     start = time.monotonic()

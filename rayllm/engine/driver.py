@@ -88,6 +88,12 @@ class EngineStats:
     """Sequences that wait for one."""
     num_free_blocks: int
     """KV cache blocks that no sequence uses now, cached ones among them."""
+    num_prefilled_tokens: int
+    """Tokens of prompts that were computed."""
+    num_cached_tokens: int
+    """Tokens of prompts that the prefix cache had."""
+    num_output_tokens: int
+    """Tokens that were sampled for sequences."""
     num_preemptions: int
     """How often a running sequence's blocks were taken away."""
     num_pruned_tokens: int
@@ -197,6 +203,9 @@ class Driver:
             num_running=len(scheduler.running),
             num_waiting=len(scheduler.waiting),
             num_free_blocks=scheduler.num_free_blocks,
+            num_prefilled_tokens=scheduler.num_prefilled_tokens,
+            num_cached_tokens=scheduler.num_cached_tokens,
+            num_output_tokens=scheduler.num_output_tokens,
             num_preemptions=scheduler.num_preemptions,
             num_pruned_tokens=scheduler.num_pruned_tokens,
             num_pruned_blocks=scheduler.num_pruned_blocks,

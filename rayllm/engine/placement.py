@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 import time
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import grpc
@@ -121,7 +122,7 @@ def reserve_all(
     `progress` shows the wait on stderr.
     """
     bundles = bundles_of(tensor_parallel_size, device)
-    strategy = _feasible_strategy(bundles, num_engines)
+    strategy = feasible_strategy(bundles, num_engines)
     groups = [placement_group(bundles, strategy) for _ in range(num_engines)]
     try:
         _wait(groups, bundles, placement_timeout_s, progress)
@@ -138,8 +139,12 @@ def release(group: PlacementGroup) -> None:
         remove_placement_group(group)
 
 
-def _feasible_strategy(bundles: list[Resources], num_engines: int) -> str:
-    """STRICT_PACK, or PACK if only that can ever be met; a `UsageError` if nothing can."""
+def feasible_strategy(bundles: list[Resources], num_engines: int, count: str = "num_engines") -> str:
+    """STRICT_PACK, or PACK if only that can ever be met. Raises `UsageError` if the cluster can never hold so many
+    engines of these bundles; `count` is the argument that says how many.
+
+    Before this process is connected to Ray, the cluster is what a Ray that starts on this machine would have.
+    """
     nodes, every = _nodes(), bundles * num_engines
     if _can_hold(nodes, bundles, "STRICT_PACK") and _can_hold(nodes, every, "PACK"):
         return "STRICT_PACK"
@@ -147,11 +152,9 @@ def _feasible_strategy(bundles: list[Resources], num_engines: int) -> str:
     if addable is None:
         return "STRICT_PACK"
     if not _can_hold(nodes + addable, every, "PACK"):
-        grown = f" and can grow to {_text(_sum(nodes + addable), bundles)}" if addable else " and nothing can add nodes"
+        remedies = " or ".join([*_remedies(bundles, num_engines, count), "add nodes"])
         raise UsageError(
-            f"{_cause(bundles, num_engines)} {_text(_sum(every), bundles)}, but the cluster has "
-            f"{_text(_sum(nodes), bundles)}{grown}: {_remedy(num_engines)} or add nodes",
-            "tensor_parallel_size",
+            f"{_cause(bundles, num_engines)} {_lack(every, nodes, addable)}: {remedies}", _param(bundles, num_engines)
         )
     if _can_hold(nodes + addable, bundles, "STRICT_PACK"):
         return "STRICT_PACK"
@@ -159,22 +162,74 @@ def _feasible_strategy(bundles: list[Resources], num_engines: int) -> str:
     return "PACK"
 
 
+def check_room(bundles: list[Resources]) -> None:
+    """Raises `UsageError` if the cluster can never hold the bundles of all models together."""
+    nodes = _nodes()
+    if not _can_hold(nodes, bundles, "PACK"):
+        addable = _addable_nodes(count=len(bundles))
+        if addable is not None and not _can_hold(nodes + addable, bundles, "PACK"):
+            raise UsageError(f"the models need {_lack(bundles, nodes, addable)}: serve fewer or add nodes", "models")
+
+
 def _cause(bundles: list[Resources], num_engines: int) -> str:
     """What needs so much."""
-    size = f"tensor_parallel_size={len(bundles)}"
+    size = "device=cuda" if bundles == bundles_of(1, "cuda") else f"tensor_parallel_size={len(bundles)}"
     return f"{size} needs" if num_engines == 1 else f"{num_engines} engines of {size} need"
 
 
-def _remedy(num_engines: int) -> str:
-    return f"lower {'num_engines, ' if num_engines > 1 else ''}tensor_parallel_size"
+def _lack(needed: list[Resources], nodes: list[Resources], addable: list[Resources]) -> str:
+    """What is needed beside what there is and may come."""
+    grown = f" and can grow to {_text(_sum(nodes + addable), needed)}" if addable else " and nothing can add nodes"
+    return f"{_text(_sum(needed), needed)}, but the cluster has {_text(_sum(nodes), needed)}{grown}"
+
+
+def _remedies(bundles: list[Resources], num_engines: int, count: str) -> list[str]:
+    """What of the engines' arguments would let them fit."""
+    lower = [count] * (num_engines > 1) + ["tensor_parallel_size"] * (len(bundles) > 1)
+    return [f"lower {', '.join(lower)}"] if lower else ["use device=cpu"] if "GPU" in bundles[0] else []
+
+
+def _param(bundles: list[Resources], num_engines: int) -> str:
+    return "device" if bundles == bundles_of(1, "cuda") and num_engines == 1 else "tensor_parallel_size"
+
+
+def waiting(
+    are_placed: Callable[[], bool],
+    bundles: list[Resources],
+    num_engines: int,
+    timeout_s: float,
+    count: str = "num_engines",
+) -> Iterator[tuple[float, str]]:
+    """Yields the seconds so far and what is free, until `are_placed` says that the engines have their bundles. Raises
+    `UsageError` after `timeout_s`."""
+    start = time.monotonic()
+    while not are_placed():
+        elapsed = time.monotonic() - start
+        free = _text(ray.available_resources(), bundles)
+        total = _text(_sum(_nodes()), bundles)
+        if elapsed >= timeout_s:
+            remedies = [*_remedies(bundles, num_engines, count), "free or add resources"]
+            raise UsageError(
+                f"{_cause(bundles, num_engines)} {needed_by(bundles, num_engines)}, but after {timeout_s:g} s only "
+                f"{free} of the cluster's {total} are free: {', '.join(remedies)}, or raise placement_timeout_s",
+                _param(bundles, num_engines),
+            )
+        yield elapsed, f"{free} of {total} free"
+
+
+def needed_by(bundles: list[Resources], num_engines: int) -> str:
+    """What so many engines need, as in "4 GPU + 1 CPU"."""
+    return _text(_sum(bundles * num_engines), bundles)
 
 
 def _wait(groups: list[PlacementGroup], bundles: list[Resources], timeout_s: float, progress: bool) -> None:
     """Returns when the `groups` have their resources; `UsageError` after `timeout_s`."""
-    needed = _text(_sum(bundles * len(groups)), bundles)
-    start = time.monotonic()
+
+    def are_placed() -> bool:
+        return all(group.wait(min(POLL_S, timeout_s)) for group in groups)
+
     with tqdm(
-        desc=f"waiting for {needed}",
+        desc=f"waiting for {needed_by(bundles, len(groups))}",
         total=timeout_s,
         bar_format="{desc}{postfix} [{n:.0f} of {total:.0f} s]",
         delay=1,
@@ -182,18 +237,8 @@ def _wait(groups: list[PlacementGroup], bundles: list[Resources], timeout_s: flo
         leave=False,
         disable=not progress or None,
     ) as bar:
-        while not all(group.wait(min(POLL_S, timeout_s)) for group in groups):
-            elapsed = time.monotonic() - start
-            free = _text(ray.available_resources(), bundles)
-            total = _text(_sum(_nodes()), bundles)
-            if elapsed >= timeout_s:
-                raise UsageError(
-                    f"{_cause(bundles, len(groups))} {needed}, but after {timeout_s:g} s only {free} of "
-                    f"the cluster's {total} are free: {_remedy(len(groups))}, free or add resources, or raise "
-                    "placement_timeout_s",
-                    "tensor_parallel_size",
-                )
-            bar.set_postfix_str(f"{free} of {total} free", refresh=False)
+        for elapsed, free in waiting(are_placed, bundles, len(groups), timeout_s):
+            bar.set_postfix_str(free, refresh=False)
             bar.update(elapsed - bar.n)
 
 
@@ -209,7 +254,9 @@ def has_many_nodes() -> bool:
 
 
 def _nodes() -> list[Resources]:
-    """The resources, taken or not, of each living node."""
+    """The resources, taken or not, of each living node; of this machine while there is no connection."""
+    if not ray.is_initialized():
+        return [{"CPU": os.cpu_count() or 1, "GPU": ray_private.count_gpus_here()}]
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
@@ -230,6 +277,8 @@ def _can_hold(nodes: list[Resources], bundles: list[Resources], strategy: str) -
 
 def _addable_nodes(count: int) -> list[Resources] | None:
     """The nodes an autoscaler may still add, at most `count` of a type: [] without one, None if that is unknown."""
+    if not ray.is_initialized():
+        return []
     try:
         found = ray_private.read_autoscaler_file(HEAD_TIMEOUT_S)
     except ray.exceptions.RayError as error:

@@ -15,6 +15,7 @@ from ray._private import services
 from ray._private.accelerators import get_accelerator_manager_for_resource
 from ray.autoscaler.v2.utils import is_autoscaler_v2
 from ray.experimental.internal_kv import _internal_kv_exists, _internal_kv_get, _internal_kv_put
+from ray.util.placement_group import placement_group_table
 
 
 def cluster_at(address: str) -> str:
@@ -121,6 +122,24 @@ def quiet_ray_data() -> None:
             handler.setLevel(logging.CRITICAL)
 
 
+def log_folder() -> Path:
+    """The folder of Ray's logs, of the same name on each node; Serve's are in its folder "serve".
+
+    Contract: `ray._private.worker._global_node.get_logs_dir_path()`.
+    """
+    return Path(ray._private.worker._global_node.get_logs_dir_path())
+
+
+def count_serve_places(app: str, deployment: str) -> int:
+    """How many replicas of a Serve deployment have the resources of their placement groups.
+
+    Contract: Serve calls the group of a replica SERVE_REPLICA::APP#DEPLOYMENT#ID.
+    """
+    prefix = f"SERVE_REPLICA::{app}#{deployment}#"
+    groups = [group for group in placement_group_table().values() if group["name"].startswith(prefix)]
+    return sum(group["state"] == "CREATED" for group in groups)
+
+
 def serve_http_options() -> tuple[str, int]:
     """The host and port where the Serve of this cluster listens; `serve.start` leaves those of one that runs already.
 
@@ -130,6 +149,17 @@ def serve_http_options() -> tuple[str, int]:
 
     options = serve.context._get_global_client().http_config
     return options.host, options.port
+
+
+def serve_request_id() -> str:
+    """The id of the request that a Serve replica works on.
+
+    Contract: `ray.serve.context._get_serve_request_context().request_id`.
+    """
+    from ray import serve
+
+    request_id: str = serve.context._get_serve_request_context().request_id
+    return request_id
 
 
 def serve_session_id() -> str:

@@ -2,11 +2,43 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rayllm.config import EngineArgs
+from rayllm.errors import UsageError
+
+A = TypeVar("A", bound=EngineArgs)
 
 Messages = list[dict[str, Any]]
+
+
+def with_chat_template_read(args: A) -> A:
+    """`args` for other nodes: the chat template itself in the place of its file. Raises `UsageError`."""
+    if args.chat_template is None:
+        return args
+    return dataclasses.replace(args, chat_template=read_chat_template(args.chat_template))
+
+
+def read_chat_template(given: str) -> str:
+    """The chat template that a file holds, or that is given itself. Raises `UsageError`."""
+    is_jinja = re.compile(r"\{[{%]").search
+    if is_jinja(given):
+        return given
+    try:
+        text = Path(given).expanduser().read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise UsageError(
+            f"chat_template must be a Jinja file or a template, and {given!r} cannot be read: {reason}", "chat_template"
+        ) from None
+    if not is_jinja(text):
+        raise UsageError(f"chat_template {given!r} has no Jinja in it: give a chat template", "chat_template")
+    return text
 
 
 def render_chat(messages: Sequence[dict[str, Any]], template: str, render: Callable[[Messages], str]) -> str:

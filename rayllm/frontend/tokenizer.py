@@ -13,7 +13,7 @@ from rayllm.checkpoint.gguf import converted
 from rayllm.checkpoint.sources import ModelSource
 from rayllm.config import EngineArgs
 from rayllm.errors import UsageError
-from rayllm.frontend.chat import Messages, render_chat
+from rayllm.frontend.chat import Messages, read_chat_template, render_chat
 from rayllm.frontend.detokenizer import (
     BLANK,
     ByteLevelDetokenizer,
@@ -192,6 +192,18 @@ class Tokenizer:
         """What one token stands for as text, with U+FFFD for what is no whole character."""
         return self.token_bytes(token_id).decode(errors="replace")
 
+    def use_chat_template(self, template: str) -> None:
+        """Replaces the chat template. Raises `UsageError` for one that is no Jinja."""
+        from jinja2 import TemplateSyntaxError
+
+        self._hf.chat_template = template
+        try:
+            self.apply_chat_template([{"role": "user", "content": ""}])
+        except UsageError as error:  # it may want other messages
+            if isinstance(wrong := error.__cause__, TemplateSyntaxError):
+                reason = f"line {wrong.lineno}: {wrong.message}"
+                raise UsageError(f"chat_template is not valid Jinja ({reason})", "chat_template") from error
+
     def apply_chat_template(
         self, messages: Sequence[dict[str, Any]], variables: Mapping[str, Any] | None = None
     ) -> str:
@@ -223,4 +235,7 @@ def load_tokenizer(args: EngineArgs, source: ModelSource) -> Tokenizer:
         raise UsageError(
             f"{source.path} has no tokenizer: name one with tokenizer, or set skip_tokenizer_init", "tokenizer"
         )
-    return Tokenizer.from_source(path)
+    tokenizer = Tokenizer.from_source(path)
+    if args.chat_template is not None:
+        tokenizer.use_chat_template(read_chat_template(args.chat_template))
+    return tokenizer

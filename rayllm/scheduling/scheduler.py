@@ -97,6 +97,9 @@ class Scheduler:
         self.running: list[Sequence] = []
         """They are in order of arrival, all of them earlier than those that wait."""
         self.in_flight: deque[StepInFlight] = deque()
+        self.num_prefilled_tokens = 0
+        self.num_cached_tokens = 0
+        self.num_output_tokens = 0
         self.num_preemptions = 0
         self.num_pruned_tokens = 0
         self.num_pruned_blocks = 0
@@ -216,6 +219,7 @@ class Scheduler:
             elif not rest:
                 plan.pruned.append(len(plan.sequences))
         if size:
+            self.num_prefilled_tokens += size
             plan.add_chunk(seq, size)
             self._commit(seq)  # from here on, its blocks can be hit by those admitted next
         return size
@@ -251,6 +255,7 @@ class Scheduler:
         seq.num_computed_tokens = num_hits * self.block_size
         if seq.num_cached_tokens < 0:
             seq.num_cached_tokens = seq.num_computed_tokens
+            self.num_cached_tokens += seq.num_cached_tokens
             seq.queue_s = time.monotonic() - seq.arrival
         seq.lane = self._free_lanes.pop()
         seq.status = SequenceStatus.RUNNING
@@ -293,6 +298,7 @@ class Scheduler:
             if seq.status is SequenceStatus.FINISHED:  # it ended, or was aborted, while this row was computed
                 continue
             updates.append((seq.client_id, self._append(seq, token_id, output.logprobs.get(i))))
+        self.num_output_tokens += len(updates)
         return updates
 
     def _append(self, seq: Sequence, token_id: int, logprobs: Logprobs | None) -> SequenceUpdate:

@@ -73,6 +73,21 @@ def test_address_without_a_port(no_ray):
         placement.connect("127.0.0.1", min_cpus=1)
 
 
+def test_room_before_there_is_a_ray(no_ray):
+    """What a Ray that starts here would have."""
+    cpus, gpus = os.cpu_count(), ray_private.count_gpus_here()
+    assert placement.choose_device("auto") == ("cuda" if gpus else "cpu")
+    assert placement.feasible_strategy([{"CPU": 1}] * cpus, 1) == "STRICT_PACK"
+    with pytest.raises(
+        UsageError, match=rf"needs {gpus + 1} GPU \+ 1 CPU, but the cluster has {gpus} GPU \+ {cpus} CPU"
+    ):
+        placement.feasible_strategy(placement.bundles_of(gpus + 1, "cuda"), 1)
+    with pytest.raises(
+        UsageError, match=rf"^the models need {cpus + 1} CPU, but the cluster has {cpus} CPU and nothing"
+    ):
+        placement.check_room([{"CPU": 1}] * (cpus + 1))
+
+
 # A Ray started here
 
 

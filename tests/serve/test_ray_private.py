@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
+from typing import Any
 
 import grpc
 import httpx
@@ -64,6 +66,45 @@ def test_read_autoscaler_file(host: str):
 def test_serve_http_options(host: str):
     name, port = ray_private.serve_http_options()
     assert f"http://{name}:{port}" == host
+
+
+def test_log_folder(host: str):
+    assert list((ray_private.log_folder() / "serve").glob("proxy_*.log"))
+
+
+def test_count_serve_places(host: str):
+    """Groups that Ray has placed, not those that wait, nor of deployments whose names only begin alike."""
+
+    class Nothing:
+        pass
+
+    options: dict[str, Any] = {"ray_actor_options": {"num_cpus": 0}, "placement_group_bundles": [{"CPU": 0.01}]}
+    placed = serve.deployment(Nothing, name="Placed", num_replicas=2, **options)
+    serve.run(placed.bind(), name="places", route_prefix=None)
+    assert ray_private.count_serve_places("places", "Placed") == 2
+    assert ray_private.count_serve_places("places", "Place") == 0
+    assert ray_private.count_serve_places("place", "Placed") == 0
+    never = serve.deployment(Nothing, name="Never", **options | {"placement_group_bundles": [{"CPU": 1000}]})
+    serve.run_many(
+        [serve.RunTarget(never.bind(), name="never", route_prefix=None)], wait_for_applications_running=False
+    )
+    time.sleep(2)
+    assert ray_private.count_serve_places("never", "Never") == 0
+    serve.delete("places")
+    serve.delete("never", _blocking=False)
+
+
+def test_serve_request_id(host: str):
+    class Echo:
+        async def __call__(self, request: object = None) -> str:
+            return ray_private.serve_request_id()
+
+    deployment = serve.deployment(Echo, ray_actor_options={"num_cpus": 0})
+    handle = serve.run(deployment.bind(), name="request", route_prefix="/request")
+    ids = {handle.remote().result(timeout_s=30) for _ in range(3)}
+    assert len(ids) == 3 and "" not in ids
+    assert httpx.get(f"{host}/request", headers={"x-request-id": "r-1"}, timeout=30).text == "r-1"
+    serve.delete("request")
 
 
 def test_serve_session_id(host: str):

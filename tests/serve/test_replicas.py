@@ -128,7 +128,7 @@ def test_shards_have_whole_devices(host: str, engine: dict[str, Any]):
     source = resolve_model(engine["model"], "auto")
     model = ServedModel.of(**engine)
     config = model.resolve(source.config, "cpu")
-    app: Any = engine_deployment(model, config, source, "Engine", ApiConfig())
+    app: Any = engine_deployment(model, config, source, "Engine", "STRICT_PACK", ApiConfig())
     app._bound_deployment = app._bound_deployment.options(placement_group_bundles=[{"CPU": 0.5}])
     with pytest.raises(RuntimeError):
         serve.run(app, name="half", route_prefix=None)

@@ -27,10 +27,8 @@ def described(service: Service) -> Any:
 
 ENDPOINTS = [
     *[("POST", path) for path in ("/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize")],
-    *[
-        ("GET", path)
-        for path in ("/v1/models", "/v1/models/{model}", "/tokenizer_info", "/health", "/version", "/metrics")
-    ],
+    *[("GET", path) for path in ("/v1/models", "/v1/models/{model}", "/tokenizer_info", "/version", "/metrics", "/")],
+    *[("GET", "/health"), ("GET", "/ping"), ("POST", "/ping")],
 ]
 
 

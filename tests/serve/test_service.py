@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 import ray
@@ -19,6 +23,7 @@ from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 from ray import serve
 
+from deployments import report
 from deployments.openai_api import build_app
 from rayllm.errors import UsageError
 from serve.serve_testing import Service, eventually, free_port
@@ -37,10 +42,19 @@ def two(deploy, tiny_text_model: Path, smollm2: Path) -> Service:
         "block_size": 16,
         "device": "cpu",
     }
-    first = common | {"served_model_name": "first", "max_model_len": 64}
+    first = common | {"served_model_name": ["first", "premier"], "max_model_len": 64}
     second = common | {"served_model_name": "second", "max_model_len": 128, "enable_snapkv": True, "snapkv_limit": 64}
-    models = [first, second]
-    return deploy("two", models=models, api_keys=["secret", "other"], max_body_bytes=2000)
+    template = {"chat_template": "{{ messages[0].content }} {{ messages[0].role }}"}
+    more = {"allowed_origins": ["https://a.example"], "log_requests": True}
+    models = [first, second | template]
+    return deploy("two", models=models, api_keys=["secret", "other"], max_body_bytes=2000, **more)
+
+
+def lines_of(service: Service) -> list[dict[str, str]]:
+    """What was told of requests since the last call."""
+    response: Any = serve.get_app_handle(service.name).broadcast("request_lines")
+    lines = [line for lines in response.results(timeout_s=10) for line in lines]
+    return [dict(field.split("=", 1) for field in line.split(" ")) for line in lines]
 
 
 def test_keys(two: Service):
@@ -50,13 +64,17 @@ def test_keys(two: Service):
         {"authorization": "Bearer secre"},
         {"authorization": "Basic secret"},
         {"authorization": "secret"},
+        {"x-api-key": "secre"},
+        {"x-api-key": "Bearer secret"},
+        {"x-api-key": "s\xe9cret".encode("latin-1")},
     ):
         for path in ("/v1/models", "/metrics"):
             answer = two.http.get(path, headers=headers)
             assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
     for key in ("secret", "other"):
         client = OpenAI(base_url=f"{two.url}/v1", api_key=key)
-        assert [model.id for model in client.models.list()] == ["first", "second"]
+        assert [model.id for model in client.models.list()] == ["first", "premier", "second"]
+        assert two.http.get("/v1/models", headers={"x-api-key": key}).status_code == 200
     with pytest.raises(openai.AuthenticationError):
         OpenAI(base_url=f"{two.url}/v1", api_key="x").models.list()
 
@@ -69,7 +87,156 @@ def test_models_are_chosen_by_name(two: Service):
         assert answer.model == name
         assert answer.usage is not None and answer.usage.total_tokens == min(length, 110)
     described = two.http.get("/openapi.json").json()
-    assert described["components"]["schemas"]["ChatRequest"]["properties"]["model"]["enum"] == ["first", "second"]
+    [named, _] = described["components"]["schemas"]["ChatRequest"]["properties"]["model"]["anyOf"]
+    assert named["enum"] == ["first", "premier", "second"]
+
+
+def test_a_model_has_several_names(two: Service):
+    client = OpenAI(base_url=f"{two.url}/v1", api_key="secret")
+    for name in ("first", "premier"):
+        assert client.models.retrieve(name).id == name
+        answer = client.completions.create(model=name, prompt=[5, 6], max_tokens=2, temperature=0)
+        assert (answer.model, answer.usage and answer.usage.total_tokens) == (name, 4)
+    headers = {"x-api-key": "secret"}
+    metrics = two.http.get("/metrics", headers=headers).text
+    counted = re.findall(r'rayllm_requests_total\{.*model="(\w+)"\}', metrics)
+    assert "first" in counted and "premier" not in counted
+    handle = serve.get_app_handle("two")
+    assert handle.generate.remote([5, 6], "premier", max_tokens=2).result()["num_prompt_tokens"] == 2
+
+
+def test_a_chat_template_of_ones_own(two: Service):
+    headers = {"x-api-key": "secret"}
+
+    def tokens(**body: Any) -> list[int]:
+        found: list[int] = two.http.post("/tokenize", json=body, headers=headers).json()["tokens"]
+        return found
+
+    messages = [{"role": "user", "content": "Hello"}]
+    assert tokens(model="second", messages=messages) == tokens(model="second", prompt="Hello user")
+    assert tokens(model="first", messages=messages) != tokens(model="first", prompt="Hello user")
+
+
+def test_pages_of_allowed_origins_may_ask(two: Service):
+    """Preflights pass Serve's proxy and need no key; others get nothing that would let a page read the answer."""
+    asked = {"access-control-request-method": "POST", "access-control-request-headers": "authorization,content-type"}
+    path, allowed = "/v1/chat/completions", "access-control-allow-origin"
+    answer = two.http.options(path, headers=asked | {"origin": "https://a.example"})
+    assert (answer.status_code, answer.headers[allowed]) == (200, "https://a.example")
+    assert "authorization" in answer.headers["access-control-allow-headers"]
+    for headers, status in (({"x-api-key": "secret"}, 200), ({}, 401)):
+        answer = two.http.get("/v1/models", headers=headers | {"origin": "https://a.example"})
+        assert (answer.status_code, answer.headers[allowed]) == (status, "https://a.example")
+    for origin in ("https://b.example", "https://a.example.b.example", "null"):
+        assert allowed not in two.http.options(path, headers=asked | {"origin": origin}).headers
+        answer = two.http.get("/v1/models", headers={"origin": origin, "x-api-key": "secret"})
+        assert answer.status_code == 200 and allowed not in answer.headers
+
+
+def test_no_page_may_ask_where_no_origin_is_allowed(tiny: Service):
+    asked = {"access-control-request-method": "POST", "origin": "https://a.example"}
+    answer = tiny.http.options("/v1/completions", headers=asked)
+    assert answer.status_code == 405
+    assert not [name for name in answer.headers if name.startswith("access-control")]
+
+
+def test_compressed_bodies_are_refused(tiny: Service):
+    body = json.dumps(TINY).encode()
+    for encoding, content in (("gzip", gzip.compress(body)), ("br", body), ("gzip, identity", body)):
+        answer = tiny.http.post("/v1/completions", content=content, headers={"content-encoding": encoding})
+        error = answer.json()["error"]
+        assert (answer.status_code, error["type"]) == (415, "invalid_request_error")
+        assert encoding in error["message"]
+    for encoding in ("Identity", ""):
+        assert tiny.http.post("/v1/completions", content=body, headers={"content-encoding": encoding}).is_success
+
+
+def test_what_is_there_without_a_key(two: Service):
+    for path in ("", "/"):
+        answer = two.http.get(path)
+        assert answer.headers["content-type"].startswith("text/plain")
+        assert re.fullmatch(r"rayllm [^\n]*/openapi.json[^\n]*\n", answer.text)
+    for ping in (two.http.get("/ping"), two.http.post("/ping")):
+        assert (ping.status_code, ping.json()["status"]) == (200, "ok")
+
+
+def test_requests_are_told_one_by_one(two: Service):
+    """With their ids, tokens and ends, once they have ended; never their text."""
+    lines_of(two)
+    headers = {"x-api-key": "secret"}
+    body = {"model": "second", "prompt": [5, 6, 7], "max_tokens": 4, "ignore_eos": True}
+
+    def post(name: str, path: str = "/v1/completions", **fields: Any) -> None:
+        two.http.post(path, json=body | fields, headers=headers | {"x-request-id": name})
+
+    post("whole", n=2)
+    post("stream", stream=True)
+    post("premier", model="premier")
+    post("wrong", model="secretive prompt")
+    post("wrong path", path="/v2/a%20b%0Aid=c")
+    two.http.get("/v1/models", headers={"x-request-id": "keyless"})
+    with two.http.stream(
+        "POST",
+        "/v1/completions",
+        json=body | {"prompt": [5], "max_tokens": 120, "stream": True},
+        headers=headers | {"x-request-id": "left"},
+    ) as response:
+        next(response.iter_lines())
+    two.http.get("/health")
+    serve.get_app_handle("two").generate.remote([5, 6], "first", max_tokens=3, ignore_eos=True).result()
+    found: list[dict[str, str]] = []
+
+    def are_told() -> bool:
+        found.extend(lines_of(two))
+        return len(found) == 8
+
+    eventually(are_told, 10, "all lines")
+    for line in found:
+        assert 0 <= float(line.pop("seconds")) < 60
+    by_id = {line.pop("id"): list(line.values()) for line in found}
+    path = "/v1/completions"
+    left = by_id.pop("left")
+    assert left[:3] == ["second", path, "1"] and left[4:] in (["abort", "200"], ["length", "200"])
+    assert by_id.pop("whole") == ["second", path, "3", "8", "length", "200"]
+    assert by_id.pop("stream") == ["second", path, "3", "4", "length", "200"]
+    assert by_id.pop("premier") == ["first", path, "3", "4", "length", "200"]
+    assert by_id.pop("wrong") == ["-", path, "0", "0", "-", "404"]
+    assert by_id.pop("wrong%20path") == ["-", "/two/v2/a%20bid%3Dc", "0", "0", "-", "404"]
+    assert by_id.pop("keyless") == ["-", "/v1/models", "0", "0", "-", "401"]
+    assert list(by_id.values()) == [["first", "generate", "2", "3", "length", "200"]]
+
+
+def test_the_load_is_told_while_there_is_some(
+    tiny: Service, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(report, "PERIOD_S", 0.2)
+    tiny.assert_idle()
+    watched = report.Report("tiny", "org/tiny", log_requests=False)
+
+    def told() -> str:
+        time.sleep(0.3)
+        watched.tell()
+        return capsys.readouterr().out
+
+    assert told() == ""
+    prompt = list(range(3, 35))
+    long = TINY | {"prompt": prompt, "max_tokens": 1900, "stream": True}
+    with tiny.http.stream("POST", "/v1/completions", json=long):
+        pattern = (
+            r"\d\d:\d\d:\d\d org/tiny: 1 running, 0 waiting; ([\d.]+) prompt tokens/s, ([\d.]+) output tokens/s; "
+            r"KV cache ([\d.]+)% used, prefix hits ([\d.]+)%\n"
+        )
+        lines = [re.fullmatch(pattern, told()) for _ in range(2)]
+        assert all(lines)
+        assert float(lines[0][1]) > 0  # type: ignore[index]
+        assert float(lines[1][1]) == 0  # type: ignore[index]
+        assert float(lines[1][2]) > 0 and 0 < float(lines[1][3]) < 50  # type: ignore[index]
+    tiny.assert_idle()
+    after = [told() for _ in range(3)]
+    assert "org/tiny: 0 running, 0 waiting; 0.0 prompt tokens/s" in after[0]
+    assert after[-1] == ""
+    tiny.http.post("/v1/completions", json=TINY | {"prompt": prompt, "max_tokens": 1})
+    assert float(re.findall(r"prefix hits ([\d.]+)%", told())[0]) >= 50
 
 
 def test_large_bodies(two: Service):
@@ -201,23 +368,39 @@ def command() -> Iterator[Any]:
         process.communicate()
 
 
+def has_ipv6() -> bool:
+    with socket.socket(socket.AF_INET6) as probe:
+        try:
+            probe.bind(("::1", 0))
+        except OSError:
+            return False
+    return True
+
+
 @pytest.mark.parametrize("with_haproxy", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_rayllm_serve_until_sigterm(command, tiny_text_model: Path, smollm2: Path, with_haproxy: bool):
     """Streams that run when the signal comes are finished, new requests get 503, and nothing is left."""
     port = free_port()
     arguments = [str(tiny_text_model), "--tokenizer", str(smollm2), "--port", str(port), "--device", "cpu"]
     arguments += ["--served-model-name", "org/tiny", "--block-size", "16", "--num-gpu-blocks-override", "200"]
+    arguments += ["--log-requests"]
+    url = f"http://127.0.0.1:{port}"
     if with_haproxy:
         open_host = ["--host", "0.0.0.0", "--api-replicas", "2"]
         process = command(*arguments, *open_host, RAY_SERVE_ENABLE_HA_PROXY="1")
+    elif has_ipv6():
+        process, url = command(*arguments, "--host", "::1"), f"http://[::1]:{port}"
     else:
         process = command(*arguments)
+    began = time.monotonic()
     assert process.stdout is not None
     line = process.stdout.readline()
-    assert re.fullmatch(rf"org/tiny is served at http://127.0.0.1:{port}/v1 \(started in \d+ s\)\n", line), (
-        process.communicate()[1]
-    )
-    service = Service(f"http://127.0.0.1:{port}", "rayllm")
+    told = re.fullmatch(rf"org/tiny is served at {re.escape(url)}/v1 \(started in (\d+) s\)\n", line)
+    assert told, process.communicate()[1]
+    assert abs(int(told[1]) - (time.monotonic() - began)) < 1.5, "counted from the command's start"
+    logs = process.stdout.readline().removeprefix("Logs are in ").rstrip()
+    assert list(Path(logs).glob("*.log"))
+    service = Service(url, "rayllm")
     http = service.http
     wrong = http.post("/v1/completions", json=TINY | {"max_tokens": -1})
     assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "max_tokens")
@@ -233,9 +416,38 @@ def test_rayllm_serve_until_sigterm(command, tiny_text_model: Path, smollm2: Pat
         refused = http.post("/v1/completions", json=TINY)
         assert (refused.status_code, refused.json()["error"]["message"]) == (503, "the service is shutting down")
         assert [line for line in lines if line][-1] == "data: [DONE]"
-    _, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=30)
     assert process.returncode == 0
     assert "Traceback" not in err
+    assert "Waiting for 1 request to end, at most 60 s; a second signal ends at once\n" in out
+    ended = r"\d\d:\d\d:\d\d id=\S+ model=org/tiny path=/v1/completions prompt_tokens=3 output_tokens=500 finish=length"
+    assert len(re.findall(rf"^{ended} seconds=[\d.]+ status=200$", out, re.MULTILINE)) == 1
+    assert len(re.findall(r"^\S+ id=\S+ model=- path=/v1/completions .* status=503$", out, re.MULTILINE)) == 1
+
+
+@pytest.mark.slow
+def test_a_second_signal_ends_at_once(command, host: str, tiny_model: dict[str, Any]):
+    port = host.rpartition(":")[2]
+    address = ray.get_runtime_context().gcs_address
+    limits = ["--block-size", "16", "--num-gpu-blocks-override", "200", "--device", "cpu"]
+    process = command(
+        tiny_model["model"], "--tokenizer", tiny_model["tokenizer"], "--port", port, "--address", address, *limits
+    )
+    assert process.stdout is not None
+    name = process.stdout.readline().split()[0]
+    body = TINY | {"model": name, "max_tokens": 1900, "stream": True}
+    with httpx.stream("POST", f"{host}/v1/completions", json=body, timeout=60) as response:
+        next(response.iter_lines())
+        process.send_signal(signal.SIGINT)
+        while not process.stdout.readline().startswith("Waiting for 1 request"):
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        signalled = time.monotonic()
+        _, err = process.communicate(timeout=30)
+        assert time.monotonic() - signalled < 10
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    eventually(lambda: "rayllm" not in serve.status().applications, 90, "the application to be gone")
 
 
 @pytest.mark.slow

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from deployments.config import read_arguments
+from deployments.config import KEY_VARIABLE, ApiConfig, ServedModel, read_arguments
 from rayllm.config import EngineArgs, EngineConfig
 from rayllm.errors import UsageError
 from rayllm.models.config_json import read_config
@@ -152,6 +153,76 @@ def test_arguments_of_the_service():
             read_arguments(arguments)
 
 
+@pytest.mark.parametrize("given", ["a", ["a"], ("a",), '["a"]'])
+def test_one_name(given: Any):
+    _, [model] = read_arguments({"model": "m", "served_model_name": given})
+    assert (model.name, model.served_names) == ("a", ("a",))
+
+
+def test_several_names():
+    _, [model] = read_arguments({"model": "m", "served_model_name": ["a", "b"]})
+    assert (model.name, model.served_names) == ("a", ("a", "b"))
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model")
+    add_arguments(parser.add_argument_group("model"), ServedModel)
+    shown = from_arguments(parser.parse_args(["m", "--served-model-name", "a", "b"]), ServedModel)
+    assert shown.served_names == ("a", "b")
+    assert ServedModel(model="folder/m.gguf").served_names == ("m",)
+    for names, message in (
+        (["a", ""], "served_model_name must be non-empty texts"),
+        (["a", 5], "served_model_name must be non-empty texts"),
+        (5, "served_model_name must be str or list or None, not 5"),
+        (["a", "a"], "two are called a"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            read_arguments({"model": "m", "served_model_name": names})
+    models = [{"model": "x", "served_model_name": ["a", "b"]}, {"model": "y", "served_model_name": "b"}]
+    with pytest.raises(UsageError, match="two are called b"):
+        read_arguments({"models": models})
+
+
+def test_keys_from_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Arguments, a file with a byte order mark, blank lines and blanks, and the environment."""
+    file = tmp_path / "keys"
+    file.write_bytes("\ufeffone\r\n\n  two \ngiven".encode())
+    monkeypatch.delenv(KEY_VARIABLE, raising=False)
+    assert ApiConfig().with_keys_read().api_keys == ()
+    config = ApiConfig(api_keys=("given",), api_keys_file=str(file))
+    assert config.with_keys_read().api_keys == ("given", "one", "two")
+    monkeypatch.setenv(KEY_VARIABLE, "")
+    assert ApiConfig().with_keys_read().api_keys == ()
+    monkeypatch.setenv(KEY_VARIABLE, "three")
+    read = config.with_keys_read()
+    assert (read.api_keys, read.api_keys_file) == (("given", "three", "one", "two"), None)
+    assert read.with_keys_read() == read
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot be read: No such file"),
+        (b"", "must be a file with a key in each line"),
+        (b" \n\n", "must be a file with a key"),
+        (b"\xff", "it is not UTF-8"),
+    ],
+)
+def test_files_without_keys(tmp_path: Path, content: bytes | None, message: str):
+    file = tmp_path / "keys"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(UsageError, match=message) as refused:
+        ApiConfig(api_keys_file=str(file)).with_keys_read()
+    assert refused.value.param == "api_keys_file"
+
+
+def test_origins():
+    right = ("*", "null", "https://a.example", "http://localhost:3000", "chrome-extension://abc", "http://[::1]:80")
+    assert ApiConfig(allowed_origins=right).allowed_origins == right
+    for wrong in ("https://a.example/", "a.example", "https://", "https://a b", "", "https://a.example?x", 5):
+        with pytest.raises(UsageError, match=r"allowed_origins must be \* or origins such as https://example.com"):
+            ApiConfig(allowed_origins=(wrong,))  # type: ignore[arg-type]
+
+
 def parse(*arguments: str) -> EngineArgs:
     parser = argparse.ArgumentParser()
     parser.add_argument("model")
@@ -163,6 +234,7 @@ def parse(*arguments: str) -> EngineArgs:
 def test_every_field_is_a_flag(name: str):
     values = {
         "tokenizer": "folder",
+        "chat_template": "{{ messages }}",
         "load_format": "dummy",
         "dtype": "bfloat16",
         "device": "cuda",
