@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
+from rayllm.caches import writable_cache
 from rayllm.errors import UsageError
 from rayllm.progress import Track
 
@@ -33,7 +34,6 @@ def fetch(url: str, patterns: Sequence[str], track: Track) -> Path:
     except ImportError:
         raise UsageError(f"to read {url}, pyarrow is needed: pip install 'rayllm[bucket]'", "model") from None
     folder = folder_of(url)
-    folder.mkdir(parents=True, exist_ok=True)
     try:
         system, path = FileSystem.from_uri(url)
         found = system.get_file_info(path)
@@ -55,9 +55,9 @@ def fetch(url: str, patterns: Sequence[str], track: Track) -> Path:
 
 
 def folder_of(url: str) -> Path:
-    """Where this node's copy is."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rayllm" / "models"
-    return root / f"{url.rstrip('/').rpartition('/')[2]}-{xxhash.xxh3_64_hexdigest(url.encode())}"
+    """Where this node's copy is; made if need be."""
+    name = f"{url.rstrip('/').rpartition('/')[2]}-{xxhash.xxh3_64_hexdigest(url.encode())}"
+    return writable_cache(f"models/{name}")
 
 
 def _is_there(info: FileInfo, folder: Path) -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -16,11 +15,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rayllm.caches import cache_roots, writable_cache
 from rayllm.errors import UsageError
 from rayllm.models.architectures import gguf_architecture
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 INDEX_FILE = "tensors.json"
+CONTROL = 3
+"""The type of tokens that stand for no text, in `tokenizer.ggml.token_type`."""
+ENDS = (
+    *("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>", "<end_of_utterance>", "<EOT>", "_<EOT>"),
+    *("[EOT]", "[EOS]", "<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>", "</s>", "<eos>"),
+)
+"""How control tokens that end a turn or a text are spelled: files often name but one of them, as llama.cpp knows."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +55,11 @@ def converted(path: str | Path, progress: bool = False) -> Path:
     file = Path(path).resolve()
     stat = file.stat()
     key = f"{CACHE_VERSION} {file} {stat.st_size} {stat.st_mtime_ns}"
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rayllm" / "gguf"
-    folder = root / f"{file.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-    if folder.is_dir():
-        return folder
-    root.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=".converting-", dir=root))
+    name = f"gguf/{file.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    if found := next((root / name for root in cache_roots() if (root / name).is_dir()), None):
+        return found
+    folder = writable_cache("gguf").parent / name
+    unfinished = Path(tempfile.mkdtemp(prefix=".converting-", dir=folder.parent))
     try:
         _convert(file, unfinished, progress)
         unfinished.chmod(0o755)
@@ -101,8 +107,7 @@ def _convert(file: Path, folder: Path, progress: bool) -> None:
         for kind in ("bos", "eos"):  # some versions of transformers take the wrong ones
             if (token_id := metadata.get(f"tokenizer.ggml.{kind}_token_id")) is not None:
                 setattr(tokenizer, f"{kind}_token", tokenizer.convert_ids_to_tokens(token_id))
-        if config["eos_token_id"] is None:
-            config["eos_token_id"] = tokenizer.eos_token_id
+        config["eos_token_id"] += _ends(reader.fields)
         if tokenizer.chat_template is None:
             tokenizer.chat_template = metadata.get("tokenizer.chat_template")
         tokenizer.save_pretrained(folder)
@@ -119,6 +124,19 @@ def _tokenizer(file: Path) -> Any:
         return PreTrainedTokenizerFast.from_pretrained(file.parent, gguf_file=file.name)
     except (ValueError, KeyError) as error:
         raise UsageError(f"the tokenizer in {file} cannot be read by transformers: {error}") from error
+
+
+def _ends(fields: Mapping[str, Any]) -> list[int]:
+    """The ids of control tokens that are spelled as one of `ENDS`."""
+    tokens, types = (fields.get(f"tokenizer.ggml.{name}") for name in ("tokens", "token_type"))
+    if tokens is None or types is None:
+        return []
+    spelled = {spelling.encode() for spelling in ENDS}
+    return [
+        token_id
+        for token_id, (part, kind) in enumerate(zip(tokens.data, types.data, strict=False))
+        if types.parts[kind][0] == CONTROL and bytes(tokens.parts[part]) in spelled
+    ]
 
 
 def _config(
@@ -159,7 +177,7 @@ def _config(
         "attention_bias": "blk.0.attn_q.bias" in tensors,
         "mlp_bias": "blk.0.ffn_gate.bias" in tensors,
         "dtype": _dtype(tensors["blk.0.attn_q.weight"].ggml_type),
-        "eos_token_id": list(dict.fromkeys(i for i in eos_ids if i is not None)) or None,
+        "eos_token_id": [token_id for token_id in eos_ids if token_id is not None],
     }
 
 

@@ -158,7 +158,7 @@ def test_gguf_slices(variant, kind, tmp_path, monkeypatch):
     _, config, tensors = variant
     quantization = gguf.GGMLQuantizationType[kind]
     source = resolve_model(str(write_gguf(tmp_path / "model.gguf", config, tensors, quantization)))
-    assert source.config.eos_token_ids == (1,)
+    assert source.config.eos_token_ids == (1, 0), "what it names, then what is spelled like an end"
     for name in ("layers", "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "head_dim"):
         assert getattr(source.config, name) == getattr(config, name), name
     for name in ("num_key_value_heads", "rope_theta", "rms_norm_eps", "qkv_bias", "qk_norm", "tie_word_embeddings"):
