@@ -38,28 +38,27 @@ def writable_cache(name: str) -> Path:
 
 
 def is_writable(folder: Path) -> bool:
-    """Whether this user can write to `folder`, which is made if need be."""
-    with contextlib.suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-        return os.access(folder, os.W_OK | os.X_OK)
+    """Whether this user can write to `folder`, which may begin with ~ and is made if need be."""
+    with contextlib.suppress(OSError, RuntimeError):
+        found = folder.expanduser()
+        found.mkdir(parents=True, exist_ok=True)
+        return os.access(found, os.W_OK | os.X_OK)
     return False
 
 
 def flash_attention_cache() -> Path:
     """Where FlashAttention-4 keeps what it compiles, made if need be. Raises UsageError if that can be nowhere."""
     with contextlib.suppress(KeyError, OSError):  # of a user without a name
-        own = Path(
-            os.environ.get(FLASH_ATTENTION) or Path(tempfile.gettempdir(), getuser(), "flash_attention_cute_dsl_cache")
-        )
-        if is_writable(own):
-            return own
+        own = os.environ.get(FLASH_ATTENTION)
+        folder = Path(own or Path(tempfile.gettempdir(), getuser(), "flash_attention_cute_dsl_cache"))
+        if is_writable(folder):
+            return folder
     return writable_cache("flash_attention")
 
 
 def use_writable_caches() -> None:
     """Tells the libraries that compile kernels of a cache that they can write, before they are imported."""
-    own = Path(
-        os.environ.get(TRITON) or Path(os.environ.get("TRITON_HOME") or os.path.expanduser("~"), ".triton/cache")
-    )
-    os.environ[TRITON] = str(own if is_writable(own) else writable_cache("triton"))
+    own = os.environ.get(TRITON) or Path(os.environ.get("TRITON_HOME") or "~", ".triton", "cache")
+    if not is_writable(Path(own)):
+        os.environ[TRITON] = str(writable_cache("triton"))
     os.environ[FLASH_ATTENTION] = str(flash_attention_cache())

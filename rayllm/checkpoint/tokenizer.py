@@ -3,18 +3,38 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
+
+import msgspec
 
 from rayllm.checkpoint.files import read_json
 from rayllm.checkpoint.gguf import converted
 from rayllm.checkpoint.sources import SMALL_FILES, fetch, is_remote
 from rayllm.errors import UsageError
+from rayllm.models.config_fields import typed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-TOKENIZER = "tokenizer.json"
-FILES = (TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.json")
+TOKENIZER, CONFIG = "tokenizer.json", "tokenizer_config.json"
+Token = str | dict[str, Any] | None
+Side = Literal["left", "right"]
+
+
+class _Config(msgspec.Struct):
+    """The fields of tokenizer_config.json that transformers reads, or fails to read."""
+
+    bos_token: Token = None
+    eos_token: Token = None
+    pad_token: Token = None
+    unk_token: Token = None
+    added_tokens_decoder: dict[str, dict[str, Any]] = {}
+    additional_special_tokens: list[Token] | dict[str, Token] | None = None
+    extra_special_tokens: list[Token] | dict[str, Token] | None = None
+    chat_template: str | list[dict[str, str]] | None = None
+    model_input_names: list[str] = []
+    padding_side: Side = "right"
+    truncation_side: Side = "right"
 
 
 def read_tokenizer(source: str | Path) -> PreTrainedTokenizerFast:
@@ -22,6 +42,8 @@ def read_tokenizer(source: str | Path) -> PreTrainedTokenizerFast:
     folder = Path(fetch(str(source), SMALL_FILES) if is_remote(str(source)) else source).expanduser()
     if folder.suffix == ".gguf":
         folder = converted(folder)
+    if (folder / CONFIG).is_file():
+        typed(read_json(folder / CONFIG), _Config, str(folder / CONFIG))
     if (folder / TOKENIZER).is_file():  # it says all, whatever class the checkpoint names
         from transformers import PreTrainedTokenizerFast as Loader
     else:  # older files, of which only their class knows the meaning; finding that imports torch
@@ -29,10 +51,9 @@ def read_tokenizer(source: str | Path) -> PreTrainedTokenizerFast:
     try:
         tokenizer = Loader.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers and tokenizers raise all kinds
-        for file in (folder / name for name in FILES):
-            if file.exists():
-                read_json(file)  # names the file if that is what is damaged
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        for file in folder.glob("*.json"):
+            read_json(file)  # names the file if that is what is damaged
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UsageError(
             f"no tokenizer at {str(folder)!r} ({reason}): give a folder with {TOKENIZER}", "tokenizer"
         ) from error

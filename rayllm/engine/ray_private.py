@@ -6,12 +6,15 @@ that breaks one fails there.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
 import ray
-from ray._private import services
+from ray._private import ray_constants, services
 from ray._private.accelerators import get_accelerator_manager_for_resource
 from ray.autoscaler.v2.utils import is_autoscaler_v2
 from ray.experimental.internal_kv import _internal_kv_exists, _internal_kv_get, _internal_kv_put
@@ -38,6 +41,22 @@ def ask(cluster: str, timeout_s: float) -> grpc.StatusCode:
         except grpc.RpcError as error:
             return error.code()
     return grpc.StatusCode.OK
+
+
+@contextlib.contextmanager
+def without_uv_run() -> Iterator[None]:
+    """Meanwhile `ray.init` of a process under `uv run` does as in any other process, unless the environment says more.
+
+    Else Ray uploads the working folder, which must then be below 512 MiB, and starts each process of the cluster
+    through `uv run` in a copy of it. Contract: `ray._private.ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV`, which the
+    environment variable of that name sets.
+    """
+    known = ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV
+    ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = known and "RAY_ENABLE_UV_RUN_RUNTIME_ENV" in os.environ
+    try:
+        yield
+    finally:
+        ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = known
 
 
 def is_client() -> bool:
