@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from rayllm.errors import EngineDeadError, UsageError
+from rayllm.errors import AllFailedError, EngineDeadError, UsageError
 from rayllm.options import HelpFormatter
 
 ADDRESS_HELP = (
@@ -45,7 +45,8 @@ def add_flag(group: argparse._ActionsContainer, name: str, **settings: Any) -> N
 
 
 def exit_code(work: Callable[[], None]) -> int:
-    """Does it: 0, 1 when the engine failed, 2 when what was asked cannot work; errors are told in one line."""
+    """Does it: 0, 1 when the engine failed, 2 when what was asked cannot work, 3 when all of it failed; errors are told
+    in one line."""
     try:
         work()
         return 0
@@ -55,5 +56,8 @@ def exit_code(work: Callable[[], None]) -> int:
     except EngineDeadError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 1
+    except AllFailedError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 3
     except KeyboardInterrupt:
         return 130

@@ -20,5 +20,9 @@ class EngineDeadError(RuntimeError):
     """The driver or a shard died, or failed; the message names the cause."""
 
 
+class AllFailedError(RuntimeError):
+    """A batch job went to its end, and not one of its rows was answered."""
+
+
 class QueueFullError(RuntimeError):
     """So much waits for the engine already that it takes no more; to be tried again later."""
