@@ -42,7 +42,8 @@ def is_writable(folder: Path) -> bool:
     with contextlib.suppress(OSError, RuntimeError):
         found = folder.expanduser()
         found.mkdir(parents=True, exist_ok=True)
-        return os.access(found, os.W_OK | os.X_OK)
+        with tempfile.TemporaryFile(dir=found):  # permissions tell too little: of root, on a network's file system
+            return True
     return False
 
 

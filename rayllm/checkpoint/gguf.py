@@ -68,6 +68,8 @@ def converted(path: str | Path, progress: bool = False) -> Path:
         except OSError:  # another process was faster
             if not folder.is_dir():
                 raise
+    except OSError as error:
+        raise UsageError(f"{file} cannot be converted in {folder.parent}: {error.strerror or error}") from None
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return folder

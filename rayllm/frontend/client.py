@@ -83,7 +83,7 @@ class Client:
         self.tokenizer = tokenizer
         named = tokenizer.eos_token_ids if tokenizer else ()
         own_ends = known_ids(named, model.vocab_size, "the tokenizer's eos_token")
-        self._eos_token_ids = tuple(dict.fromkeys(model.eos_token_ids + own_ends))
+        self._eos_token_ids = list(dict.fromkeys(model.eos_token_ids + own_ends))
         self._link = link
         self._random = random.Random(config.seed)
         self._inbox: Receiver[Updates] = Receiver(Updates, host)
