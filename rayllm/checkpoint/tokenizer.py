@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
-from rayllm.checkpoint.files import read_json
+from rayllm.checkpoint.files import check_file, read_json
 from rayllm.checkpoint.gguf import converted
 from rayllm.checkpoint.sources import SMALL_FILES, fetch, is_remote
 from rayllm.errors import UsageError
@@ -42,6 +42,8 @@ def read_tokenizer(source: str | Path) -> PreTrainedTokenizerFast:
     folder = Path(fetch(str(source), SMALL_FILES) if is_remote(str(source)) else source).expanduser()
     if folder.suffix == ".gguf":
         folder = converted(folder)
+    for template in folder.glob("*.jinja"):
+        check_file(template)  # or what it points with would be the prompt
     if (folder / CONFIG).is_file():
         typed(read_json(folder / CONFIG), _Config, str(folder / CONFIG))
     if (folder / TOKENIZER).is_file():  # it says all, whatever class the checkpoint names

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import secrets
@@ -59,7 +60,7 @@ def connect(address: str | None, min_cpus: int) -> bool:
     else:
         _check_reachable(address)
     try:
-        with ray_private.without_uv_run():
+        with ray_private.without_uv_run() if start else contextlib.nullcontext():
             ray.init(address, log_to_driver=False, logging_level=logging.ERROR, namespace="rayllm", **options)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         reason = " ".join(str(error).split())

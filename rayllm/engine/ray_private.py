@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -45,14 +44,13 @@ def ask(cluster: str, timeout_s: float) -> grpc.StatusCode:
 
 @contextlib.contextmanager
 def without_uv_run() -> Iterator[None]:
-    """Meanwhile `ray.init` of a process under `uv run` does as in any other process, unless the environment says more.
+    """Meanwhile `ray.init` of a process under `uv run` does as in any other process.
 
-    Else Ray uploads the working folder, which must then be below 512 MiB, and starts each process of the cluster
-    through `uv run` in a copy of it. Contract: `ray._private.ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV`, which the
-    environment variable of that name sets.
+    Else Ray uploads the working folder, which must then be below 512 MiB, and starts each process through `uv run` in a
+    copy of it: on the same machine to no purpose. Contract: `ray._private.ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV`.
     """
     known = ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV
-    ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = known and "RAY_ENABLE_UV_RUN_RUNTIME_ENV" in os.environ
+    ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = False
     try:
         yield
     finally:

@@ -140,6 +140,17 @@ def test_longest_context(rope: dict[str, Any], longest: int):
     assert read_config(LLAMA | {"max_position_embeddings": 4096, "rope_scaling": rope}).max_model_len == longest
 
 
+@given(st.sampled_from(["temperature", "top_p", "top_k", "min_p", "repetition_penalty", "eos_token_id"]), VALUES)
+def test_any_field_of_generation_config(field: str, value: Any):
+    try:
+        read_config(LLAMA, {field: value})
+    except UsageError as error:
+        message = str(error)
+    else:
+        return
+    assert message.startswith(f"generation_config.json: {field}") and "\n" not in message
+
+
 IDS = st.one_of(st.integers(-2, 120), st.booleans(), st.floats(), st.text(max_size=2), st.none(), st.lists(st.just(2)))
 
 

@@ -131,6 +131,12 @@ def test_damaged_files_of_a_tokenizer(folder: Path, name: str, content: str, mes
         Tokenizer.from_source(folder)
 
 
+def test_a_chat_template_that_is_a_pointer(folder: Path):
+    write(folder, {"chat_template.jinja": POINTER})
+    with pytest.raises(UsageError, match=f"^{folder}/chat_template.jinja {IS_POINTER}"):
+        Tokenizer.from_source(folder)
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
