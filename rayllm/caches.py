@@ -19,9 +19,10 @@ def cache_roots() -> Iterator[Path]:
     """The folders that may hold our caches, the best first; the last is in the temporary folder."""
     with contextlib.suppress(RuntimeError):  # a user whom the system does not know, without HOME
         yield Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rayllm"
-    temporary = Path(tempfile.gettempdir(), f"rayllm-{os.getuid()}")
-    if not temporary.exists() or temporary.lstat().st_uid == os.getuid():  # others may write beside it
-        yield temporary
+    with contextlib.suppress(OSError):  # there may be no temporary folder
+        temporary = Path(tempfile.gettempdir(), f"rayllm-{os.getuid()}")
+        if not os.path.lexists(temporary) or temporary.lstat().st_uid == os.getuid():  # others may write beside it
+            yield temporary
 
 
 def writable_cache(name: str) -> Path:
@@ -33,7 +34,7 @@ def writable_cache(name: str) -> Path:
     for root in roots:
         if is_writable(root / name):
             return root / name
-    tried = " or ".join(map(str, roots))
+    tried = " or ".join(map(str, roots)) or "any folder"
     raise UsageError(f"no cache can be written in {tried}: set XDG_CACHE_HOME, or TMPDIR, to a folder where it can")
 
 
@@ -49,7 +50,7 @@ def is_writable(folder: Path) -> bool:
 
 def flash_attention_cache() -> Path:
     """Where FlashAttention-4 keeps what it compiles, made if need be. Raises UsageError if that can be nowhere."""
-    with contextlib.suppress(KeyError, OSError):  # of a user without a name
+    with contextlib.suppress(KeyError, OSError):  # of a user without a name, or no temporary folder
         own = os.environ.get(FLASH_ATTENTION)
         folder = Path(own or Path(tempfile.gettempdir(), getuser(), "flash_attention_cute_dsl_cache"))
         if is_writable(folder):

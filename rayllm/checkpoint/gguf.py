@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -56,7 +57,7 @@ def converted(path: str | Path, progress: bool = False) -> Path:
     stat = file.stat()
     key = f"{CACHE_VERSION} {file} {stat.st_size} {stat.st_mtime_ns}"
     name = f"gguf/{file.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-    if found := next((root / name for root in cache_roots() if (root / name).is_dir()), None):
+    if found := next((root / name for root in cache_roots() if os.path.isdir(root / name)), None):
         return found
     folder = writable_cache("gguf").parent / name
     unfinished = Path(tempfile.mkdtemp(prefix=".converting-", dir=folder.parent))
