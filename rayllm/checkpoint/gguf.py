@@ -57,8 +57,9 @@ def converted(path: str | Path, progress: bool = False) -> Path:
     stat = file.stat()
     key = f"{CACHE_VERSION} {file} {stat.st_size} {stat.st_mtime_ns}"
     name = f"gguf/{file.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-    if found := next((root / name for root in cache_roots() if os.path.isdir(root / name)), None):
-        return found
+    found = (root / name for root in cache_roots() if os.path.isdir(root / name))  # unlike Path's, it never raises
+    if known := next(found, None):
+        return known
     folder = writable_cache("gguf").parent / name
     unfinished = Path(tempfile.mkdtemp(prefix=".converting-", dir=folder.parent))
     try:
