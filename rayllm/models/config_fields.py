@@ -14,8 +14,8 @@ T = TypeVar("T")
 
 Size = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 Layers = Annotated[int, Meta(ge=1, le=100_000)]
-Base = Annotated[float, Meta(gt=1, le=1e30)]
-Ratio = Annotated[float, Meta(gt=0, le=1e6)]
+Positive = Annotated[float, Meta(gt=0, le=1e30)]
+NotNegative = Annotated[float, Meta(ge=0, le=1e30)]
 
 
 class ConfigJson(msgspec.Struct, frozen=True):
@@ -33,17 +33,17 @@ class ConfigJson(msgspec.Struct, frozen=True):
     num_key_value_heads: Size | None = None
     head_dim: Size | None = None
     max_position_embeddings: Size | None = None
-    rms_norm_eps: Annotated[float, Meta(ge=0, le=1)] = 1e-6
+    rms_norm_eps: NotNegative = 1e-6
     dtype: str | None = None
     torch_dtype: str | None = None
     tie_word_embeddings: bool | None = None
     attention_bias: bool | None = None
     mlp_bias: bool | None = None
-    rope_theta: Base | None = None
+    rope_theta: Positive | None = None
     rope_parameters: dict[str, Any] | None = None
     """A `RopeJson`, or one for each of `layer_types`."""
     rope_scaling: dict[str, Any] | None = None
-    partial_rotary_factor: Ratio | None = None
+    partial_rotary_factor: Positive | None = None
     layer_types: list[str] | None = None
     use_sliding_window: bool | None = None
     sliding_window: Size | UnsetType | None = UNSET
@@ -58,18 +58,18 @@ class RopeJson(msgspec.Struct, frozen=True):
 
     rope_type: str | None = None
     type: str | None = None
-    rope_theta: Base | None = None
-    partial_rotary_factor: Ratio | None = None
-    factor: Ratio | None = None
-    factors: list[Ratio] | None = None
+    rope_theta: Positive | None = None
+    partial_rotary_factor: Positive | None = None
+    factor: Positive | None = None
+    factors: list[Positive] | None = None
     original_max_position_embeddings: Size | None = None
-    low_freq_factor: Ratio | None = None
-    high_freq_factor: Ratio | None = None
-    attention_factor: Ratio | None = None
-    beta_fast: Ratio | None = None
-    beta_slow: Ratio | None = None
-    mscale: Annotated[float, Meta(ge=0, le=1e6)] | None = None
-    mscale_all_dim: Annotated[float, Meta(ge=0, le=1e6)] | None = None
+    low_freq_factor: Positive | None = None
+    high_freq_factor: Positive | None = None
+    attention_factor: Positive | None = None
+    beta_fast: Positive | None = None
+    beta_slow: Positive | None = None
+    mscale: NotNegative | None = None
+    mscale_all_dim: NotNegative | None = None
     truncate: bool | None = None
 
 
