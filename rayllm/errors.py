@@ -8,7 +8,7 @@ class UsageError(ValueError):
     """
 
     def __init__(self, message: str, param: str | None = None):
-        super().__init__(message)
+        super().__init__(" ".join(message.splitlines()))  # it may quote what came from outside
         self.param = param
 
 

@@ -116,7 +116,7 @@ class ModelConfig:
             longest = round(longest * scaling.factor)
         if scaling is not None and scaling.rope_type == "yarn":
             longest = round(scaling.original_max_position_embeddings * scaling.factor)
-        return min(longest, self.sliding_window or longest)
+        return max(1, min(longest, self.sliding_window or longest))
 
     def check_tensor_parallel(self, size: int) -> None:
         """Raises UsageError unless the model can be split over `size` shards."""

@@ -116,8 +116,6 @@ def _rope(config: ConfigJson, record: Architecture, max_positions: int) -> tuple
         return theta, RopeScaling("factors", factors=tuple(rope.factors or ()))
     if rope.factor is None and rope_type != "yarn":
         raise UsageError(f"config.json: {name} lacks factor, which RoPE of the type {rope_type} needs")
-    if rope.factor is not None and rope.factor < 1:
-        raise UsageError(f"config.json: {name}: factor ({rope.factor}) must be at least 1")
     original = rope.original_max_position_embeddings or max_positions
     factor = rope.factor or max_positions / original
     if rope_type == "yarn" and theta <= 1:
