@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 from tqdm import tqdm
 
 from rayllm.checkpoint import bucket
-from rayllm.checkpoint.gguf import converted
+from rayllm.checkpoint.gguf import converted, located
 from rayllm.errors import UsageError
 from rayllm.model_config import ModelConfig
 from rayllm.models.config_json import read_config
@@ -98,7 +98,7 @@ def _gguf(file: Path, progress: bool) -> ModelSource:
         raise UsageError(f"no file {file}", "model")
     folder = converted(file, progress)
     config = read_config(_read_json(folder / "config.json"))
-    return ModelSource(str(file.resolve()), "gguf", config, str(folder))
+    return ModelSource(str(located(file)), "gguf", config, str(folder))
 
 
 def _folder(folder: Path, is_dummy: bool, has_weights: bool = True) -> ModelSource:
