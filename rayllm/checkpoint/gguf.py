@@ -18,8 +18,7 @@ from typing import Any
 
 from rayllm.checkpoint.gguf_metadata import Metadata, part_names, read_parts
 from rayllm.checkpoint.gguf_tokenizer import write_tokenizer
-from rayllm.errors import UsageError
-from rayllm.models.architectures import gguf_architecture
+from rayllm.models.architectures import GGUF_ARCHITECTURES
 
 CACHE_VERSION = 2
 INDEX_FILE = "tensors.json"
@@ -46,7 +45,7 @@ def read_index(path: str | Path) -> dict[str, GGUFTensor]:
 def converted(path: str | Path, progress: bool = False) -> Path:
     """The cache folder of a .gguf file, made if need be: config.json, tokenizer files, the table of tensors.
 
-    Raises UsageError for a damaged file or an architecture that rayllm does not run.
+    Raises UsageError for a damaged file, metadata that are wrong, or an architecture that rayllm does not run.
     """
     file = located(path)
     parts = [file.with_name(name) for name in part_names(file.name)]
@@ -108,37 +107,50 @@ def _convert(file: Path, folder: Path, progress: bool) -> None:
 
 def _config(metadata: Metadata, tensors: Mapping[str, GGUFTensor], rope_freqs: list[float] | None) -> dict[str, Any]:
     """A config.json from GGUF metadata (keys: ggml's docs/gguf.md)."""
-    record = gguf_architecture(metadata.need("general.architecture", str))
-    name = record.gguf_name
+    name = metadata.need("general.architecture", str)
+    if (record := GGUF_ARCHITECTURES.get(name)) is None:
+        known = ", ".join(GGUF_ARCHITECTURES)
+        raise metadata.error("general.architecture", f"{name!r} is not supported: rayllm runs {known}")
     if metadata.get(f"{name}.expert_count", int):
-        raise UsageError("mixture-of-experts GGUF files are not supported: rayllm runs dense models")
-    if lacking := [tensor for tensor in ("token_embd.weight", "blk.0.attn_q.weight") if tensor not in tensors]:
-        raise UsageError(f"{metadata.file} lacks the tensor {lacking[0]}")
+        raise metadata.error(f"{name}.expert_count", "is not 0: rayllm runs dense models")
     num_layers = metadata.positive(f"{name}.block_count", int)
     hidden_size = metadata.positive(f"{name}.embedding_length", int)
+    intermediate_size = metadata.of_all_layers(f"{name}.feed_forward_length", num_layers)
     heads = metadata.of_all_layers(f"{name}.attention.head_count", num_layers)
+    kv_heads = metadata.of_all_layers(f"{name}.attention.head_count_kv", num_layers, heads)
     head_dim = metadata.positive(f"{name}.attention.key_length", int, max(1, hidden_size // heads))
     context_length = metadata.positive(f"{name}.context_length", int)
-    rope_dim = metadata.positive(f"{name}.rope.dimension_count", int, head_dim)
+    last = f"blk.{num_layers - 1}"
+    for tensor, dim, size, key in (
+        ("token_embd.weight", 1, hidden_size, "embedding_length"),
+        (f"{last}.attn_q.weight", 0, heads * head_dim, "attention.head_count"),
+        (f"{last}.attn_k.weight", 0, kv_heads * head_dim, "attention.head_count_kv"),
+        (f"{last}.ffn_gate.weight", 0, intermediate_size, "feed_forward_length"),
+    ):
+        if tensor not in tensors:
+            raise metadata.error(f"{name}.block_count", f"is {num_layers}, but there is no tensor {tensor}")
+        if (shape := tensors[tensor].shape)[dim:][:1] != (size,):
+            raise metadata.error(f"{name}.{key}", f"does not fit the tensor {tensor} of shape {list(shape)}")
+    if metadata.get(f"{name}.rope.dimension_count", int, head_dim) != head_dim:
+        raise metadata.error(f"{name}.rope.dimension_count", f"must be {head_dim}: rayllm rotates whole heads")
     eos_ids = [metadata.get(f"tokenizer.ggml.{kind}_token_id", int) for kind in ("eos", "eot", "eom")]
     return {
         "architectures": [record.class_name],
         "model_type": record.model_type,
         "vocab_size": tensors["token_embd.weight"].shape[0],
         "hidden_size": hidden_size,
-        "intermediate_size": metadata.of_all_layers(f"{name}.feed_forward_length", num_layers),
+        "intermediate_size": intermediate_size,
         "num_hidden_layers": num_layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": metadata.of_all_layers(f"{name}.attention.head_count_kv", num_layers, heads),
+        "num_key_value_heads": kv_heads,
         "head_dim": head_dim,
         "rms_norm_eps": metadata.positive(f"{name}.attention.layer_norm_rms_epsilon", float),
         "max_position_embeddings": context_length,
-        "rope_parameters": _rope(metadata, f"{name}.rope", context_length, rope_freqs)
-        | {"partial_rotary_factor": rope_dim / head_dim},
+        "rope_parameters": _rope(metadata, f"{name}.rope", context_length, rope_freqs),
         "tie_word_embeddings": "output.weight" not in tensors,
         "attention_bias": "blk.0.attn_q.bias" in tensors,
         "mlp_bias": "blk.0.ffn_gate.bias" in tensors,
-        "dtype": _dtype(tensors["blk.0.attn_q.weight"].ggml_type),
+        "dtype": _dtype(tensors[f"{last}.attn_q.weight"].ggml_type),
         "eos_token_id": list(dict.fromkeys(i for i in eos_ids if i is not None)) or None,
     }
 

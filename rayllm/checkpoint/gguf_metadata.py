@@ -95,11 +95,17 @@ class Metadata:
 
 
 def part_names(name: str) -> list[str]:
-    """The names of all parts of the split file of which `name` is a part; just `name` for a file of its own."""
+    """The names of all parts of the split .gguf file whose first part is `name`; just `name` for one that is whole.
+
+    Raises UsageError for the name of another part.
+    """
     if (match := PART.fullmatch(name)) is None:
         return [name]
     stem, _, count = match.groups()
-    return [f"{stem}-{number:05d}-of-{count}.gguf" for number in range(1, int(count) + 1)]
+    names = [f"{stem}-{number:05d}-of-{count}.gguf" for number in range(1, int(count) + 1)]
+    if name != names[0]:
+        raise UsageError(f"{name} is not the first part of the model: give {names[0]}", "model")
+    return names
 
 
 def read_parts(file: Path) -> tuple[Metadata, dict[str, GGUFReader]]:
@@ -113,14 +119,9 @@ def read_parts(file: Path) -> tuple[Metadata, dict[str, GGUFReader]]:
     if count == 1:
         return metadata, {file.name: first}
     names = part_names(file.name)
-    number = metadata.need("split.no", int) + 1
-    if number != 1:
-        hint = f", {names[0]}" if len(names) == count else ""
-        raise UsageError(f"{file} is part {number} of {count}: give the first{hint}")
-    if len(names) != count or names[0] != file.name:
+    if (number := metadata.need("split.no", int) + 1) != 1 or len(names) != count:
         raise UsageError(
-            f"{file} is the first of {count} parts: its name must end in -00001-of-{count:05d}.gguf, "
-            "as those of the others"
+            f"{file} is part {number} of {count}: give the first, whose name ends in -00001-of-{count:05d}.gguf"
         )
     if missing := [name for name in names if not (file.parent / name).is_file()]:
         raise UsageError(f"{file} is the first of {count} parts: {', '.join(missing)} must be beside it")

@@ -97,7 +97,10 @@ def _gguf(file: Path, progress: bool) -> ModelSource:
     if not file.is_file():
         raise UsageError(f"no file {file}", "model")
     folder = converted(file, progress)
-    config = read_config(_read_json(folder / "config.json"))
+    try:
+        config = read_config(_read_json(folder / "config.json"))
+    except UsageError as error:
+        raise UsageError(f"{file}: {error}", error.param) from error
     return ModelSource(str(located(file)), "gguf", config, str(folder))
 
 
