@@ -121,16 +121,17 @@ def _config(metadata: Metadata, tensors: Mapping[str, GGUFTensor], rope_freqs: l
     head_dim = metadata.positive(f"{name}.attention.key_length", int, max(1, hidden_size // heads))
     context_length = metadata.positive(f"{name}.context_length", int)
     last = f"blk.{num_layers - 1}"
-    for tensor, dim, size, key in (
+    for tensor, dim, size, *keys in (
         ("token_embd.weight", 1, hidden_size, "embedding_length"),
-        (f"{last}.attn_q.weight", 0, heads * head_dim, "attention.head_count"),
-        (f"{last}.attn_k.weight", 0, kv_heads * head_dim, "attention.head_count_kv"),
+        (f"{last}.attn_q.weight", 0, heads * head_dim, "attention.head_count", "attention.key_length"),
+        (f"{last}.attn_k.weight", 0, kv_heads * head_dim, "attention.head_count_kv", "attention.key_length"),
         (f"{last}.ffn_gate.weight", 0, intermediate_size, "feed_forward_length"),
     ):
         if tensor not in tensors:
             raise metadata.error(f"{name}.block_count", f"is {num_layers}, but there is no tensor {tensor}")
         if (shape := tensors[tensor].shape)[dim:][:1] != (size,):
-            raise metadata.error(f"{name}.{key}", f"does not fit the tensor {tensor} of shape {list(shape)}")
+            wrong = " or ".join(f"{name}.{key}" for key in keys)
+            raise metadata.error(wrong, f"does not fit the tensor {tensor} of shape {list(shape)}")
     if metadata.get(f"{name}.rope.dimension_count", int, head_dim) != head_dim:
         raise metadata.error(f"{name}.rope.dimension_count", f"must be {head_dim}: rayllm rotates whole heads")
     eos_ids = [metadata.get(f"tokenizer.ggml.{kind}_token_id", int) for kind in ("eos", "eot", "eom")]

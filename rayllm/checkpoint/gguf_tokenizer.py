@@ -21,6 +21,11 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
 """Values of `tokenizer.ggml.token_type`. All but the first are found in a text before it is cut into words."""
 SENTENCEPIECE_IDS = {"bos": 1, "eos": 2, "unknown": 0}
 """Token ids where a SentencePiece model's file does not say."""
+TURN_ENDS = (
+    *("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>", "<end_of_utterance>", "<|endoftext|>"),
+    *("<|end_of_text|>", "<EOT>", "_<EOT>", "[EOT]", "<｜end▁of▁sentence｜>"),
+)
+"""Tokens that are control tokens whatever type a file gives them, as in llama.cpp; some files give a wrong one."""
 PHI3_KEEP_BLANKS = ("<unk>", "<s>", "<|endoftext|>")
 """The special tokens of Phi-3 after which blanks count; files do not say so."""
 BLANK = "\u2581"
@@ -36,6 +41,7 @@ def write_tokenizer(metadata: Metadata, num_tokens: int, folder: Path) -> int | 
 
     tokens = _tokens(metadata, num_tokens)
     kinds = metadata.array("tokenizer.ggml.token_type", int, num_tokens) or [NORMAL] * num_tokens
+    kinds = [CONTROL if token in TURN_ENDS else kind for token, kind in zip(tokens, kinds, strict=True)]
     model = metadata.need("tokenizer.ggml.model", str)
     defaults: dict[str, int] = {}
     if model == "gpt2":

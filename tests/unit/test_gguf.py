@@ -220,6 +220,16 @@ def test_special_tokens(tmp_path: Path) -> None:
     assert resolve_model(str(tmp_path / "model.gguf")).config.eos_token_ids == (1,)
 
 
+def test_ends_of_turns_are_control_tokens(tmp_path: Path) -> None:
+    """Even where a file says that they are text."""
+    changes = {"tokenizer.ggml.tokens": ["<|im_end|>", *BPE["tokenizer.ggml.tokens"][1:]]}
+    for kind in (NORMAL, USER_DEFINED, CONTROL):
+        kinds = {"tokenizer.ggml.token_type": [kind, *BPE["tokenizer.ggml.token_type"][1:]]}
+        tokenizer = tokenizer_of(tmp_path, BPE | changes | kinds | {"tokenizer.ggml.bos_token_id": None})
+        assert tokenizer.encode("<|im_end|>") == [0]
+        assert tokenizer.decode([0, FIRST_LETTER]) == LETTERS[0]
+
+
 @pytest.fixture(scope="module")
 def sentencepiece(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Tokenizer]:
     """By whether a space is put before a text."""
@@ -294,8 +304,11 @@ assert isinstance(TOKENS, list)
         ({"llama.block_count": 3}, "llama.block_count is 3, but there is no tensor blk.2.attn_q.weight"),
         ({"llama.embedding_length": None}, "lacks llama.embedding_length"),
         ({"llama.embedding_length": 32}, "llama.embedding_length does not fit the tensor token_embd.weight"),
-        ({"llama.attention.head_count": 2, "llama.attention.key_length": 4}, "llama.attention.head_count does not fit"),
-        ({"llama.attention.head_count_kv": 4}, "llama.attention.head_count_kv does not fit"),
+        (
+            {"llama.attention.head_count": 2, "llama.attention.key_length": 4},
+            "llama.attention.head_count or llama.attention.key_length",
+        ),
+        ({"llama.attention.head_count_kv": 4}, "llama.attention.head_count_kv or llama.attention.key_length"),
         ({"llama.feed_forward_length": 64}, "llama.feed_forward_length does not fit"),
         ({"llama.attention.head_count": [4, 8]}, "llama.attention.head_count must be one positive integer"),
         ({"llama.attention.head_count_kv": [2, 2, 2]}, "llama.attention.head_count_kv must be one positive integer"),
@@ -304,7 +317,7 @@ assert isinstance(TOKENS, list)
         ({"llama.attention.layer_norm_rms_epsilon": float("nan")}, "layer_norm_rms_epsilon must be a number, not nan"),
         ({"llama.rope.dimension_count": 2}, "llama.rope.dimension_count must be 4"),
         ({"llama.expert_count": 8}, "llama.expert_count is not 0"),
-        ({"llama.attention.head_count_kv": 3}, "llama.attention.head_count_kv does not fit"),
+        ({"llama.attention.head_count_kv": 3}, "llama.attention.head_count_kv or llama.attention.key_length"),
         ({"general.architecture": "gpt2"}, "general.architecture 'gpt2' is not supported: rayllm runs llama, qwen2"),
         ({"llama.rope.scaling.type": 3}, "llama.rope.scaling.type must be a string, not 3"),
         ({"llama.rope.scaling.type": "longrope"}, "llama.rope.scaling.type 'longrope' is not supported"),
