@@ -18,6 +18,7 @@ from typing import Any
 
 from rayllm.checkpoint.gguf_metadata import Metadata, part_names, read_parts
 from rayllm.checkpoint.gguf_tokenizer import write_tokenizer
+from rayllm.errors import UsageError
 from rayllm.models.architectures import GGUF_ARCHITECTURES
 
 CACHE_VERSION = 2
@@ -43,7 +44,8 @@ def read_index(path: str | Path) -> dict[str, GGUFTensor]:
 
 
 def converted(path: str | Path, progress: bool = False) -> Path:
-    """The cache folder of a .gguf file, made if need be: config.json, tokenizer files, the table of tensors.
+    """The cache folder of a .gguf file, made if need be: config.json, tokenizer files, the table of tensors. A file of
+    a vocabulary, without tensors, has no config.json.
 
     Raises UsageError for a damaged file, metadata that are wrong, or an architecture that rayllm does not run.
     """
@@ -93,13 +95,13 @@ def _convert(file: Path, folder: Path, progress: bool) -> None:
         }
         all_tensors = (tensor for reader in parts.values() for tensor in reader.tensors)
         rope_freqs = next((t.data.tolist() for t in all_tensors if t.name == "rope_freqs.weight"), None)
-        config = _config(metadata, tensors, rope_freqs)
+        config = _config(metadata, tensors, rope_freqs) if tensors else {}
         steps.update()
-        eos_token_id = write_tokenizer(metadata, config["vocab_size"], folder)
+        eos_token_id = write_tokenizer(metadata, folder, config.get("vocab_size"))
         steps.update()
-        if config["eos_token_id"] is None:
-            config["eos_token_id"] = eos_token_id
-        (folder / "config.json").write_text(json.dumps(config, indent=1))
+        if config:
+            config["eos_token_id"] = config["eos_token_id"] or eos_token_id
+            (folder / "config.json").write_text(json.dumps(config, indent=1))
         entries = {name: tuple(asdict(tensor).values()) for name, tensor in tensors.items()}
         (folder / INDEX_FILE).write_text(json.dumps(entries))
         steps.update()
@@ -120,16 +122,17 @@ def _config(metadata: Metadata, tensors: Mapping[str, GGUFTensor], rope_freqs: l
     kv_heads = metadata.of_all_layers(f"{name}.attention.head_count_kv", num_layers, heads)
     head_dim = metadata.positive(f"{name}.attention.key_length", int, max(1, hidden_size // heads))
     context_length = metadata.positive(f"{name}.context_length", int)
-    last = f"blk.{num_layers - 1}"
+    if num_layers > len(tensors):
+        raise metadata.error(f"{name}.block_count", f"is {num_layers}, but there are only {len(tensors)} tensors")
+    if lacking := [tensor for tensor in ("token_embd.weight", "blk.0.attn_q.weight") if tensor not in tensors]:
+        raise UsageError(f"{metadata.file} lacks the tensor {lacking[0]}")
     for tensor, dim, size, *keys in (
         ("token_embd.weight", 1, hidden_size, "embedding_length"),
-        (f"{last}.attn_q.weight", 0, heads * head_dim, "attention.head_count", "attention.key_length"),
-        (f"{last}.attn_k.weight", 0, kv_heads * head_dim, "attention.head_count_kv", "attention.key_length"),
-        (f"{last}.ffn_gate.weight", 0, intermediate_size, "feed_forward_length"),
+        ("blk.0.attn_q.weight", 0, heads * head_dim, "attention.head_count", "attention.key_length"),
+        ("blk.0.attn_k.weight", 0, kv_heads * head_dim, "attention.head_count_kv", "attention.key_length"),
+        ("blk.0.ffn_gate.weight", 0, intermediate_size, "feed_forward_length"),
     ):
-        if tensor not in tensors:
-            raise metadata.error(f"{name}.block_count", f"is {num_layers}, but there is no tensor {tensor}")
-        if (shape := tensors[tensor].shape)[dim:][:1] != (size,):
+        if tensor in tensors and (shape := tensors[tensor].shape)[dim:][:1] != (size,):
             wrong = " or ".join(f"{name}.{key}" for key in keys)
             raise metadata.error(wrong, f"does not fit the tensor {tensor} of shape {list(shape)}")
     if metadata.get(f"{name}.rope.dimension_count", int, head_dim) != head_dim:
@@ -151,7 +154,7 @@ def _config(metadata: Metadata, tensors: Mapping[str, GGUFTensor], rope_freqs: l
         "tie_word_embeddings": "output.weight" not in tensors,
         "attention_bias": "blk.0.attn_q.bias" in tensors,
         "mlp_bias": "blk.0.ffn_gate.bias" in tensors,
-        "dtype": _dtype(tensors[f"{last}.attn_q.weight"].ggml_type),
+        "dtype": _dtype(tensors["blk.0.attn_q.weight"].ggml_type),
         "eos_token_id": list(dict.fromkeys(i for i in eos_ids if i is not None)) or None,
     }
 

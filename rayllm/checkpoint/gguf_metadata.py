@@ -75,6 +75,8 @@ class Metadata:
         found = set(map(type, values)) if isinstance(values, list) and len(self._fields[key].types) <= 2 else {list}
         if not found <= ({int, float} if kind is float else {kind}):
             raise self.error(key, f"must be an array, each entry {KINDS[kind]}")
+        if kind is float and not all(map(math.isfinite, values)):
+            raise self.error(key, "must be finite numbers")
         if length is not None and len(values) != length:
             raise self.error(key, f"has {len(values)} entries for {length} tokens")
         return values

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,14 +33,17 @@ BLANK = "\u2581"
 """How SentencePiece spells a space."""
 
 
-def write_tokenizer(metadata: Metadata, num_tokens: int, folder: Path) -> int | None:
-    """Writes tokenizer.json and tokenizer_config.json for a model with `num_tokens` embeddings; returns the EOS id.
+def write_tokenizer(metadata: Metadata, folder: Path, num_embeddings: int | None = None) -> int | None:
+    """Writes tokenizer.json and tokenizer_config.json; returns the id of the EOS token, if there is one.
+
+    num_embeddings: how many tokens the model has, if there is a model.
 
     Raises UsageError, which names the key, for what would not give the ids that llama.cpp gives.
     """
     from tokenizers import AddedToken, processors
 
-    tokens = _tokens(metadata, num_tokens)
+    tokens = _tokens(metadata, num_embeddings)
+    num_tokens = len(tokens)
     kinds = metadata.array("tokenizer.ggml.token_type", int, num_tokens) or [NORMAL] * num_tokens
     kinds = [CONTROL if token in TURN_ENDS else kind for token, kind in zip(tokens, kinds, strict=True)]
     model = metadata.need("tokenizer.ggml.model", str)
@@ -85,17 +89,16 @@ def write_tokenizer(metadata: Metadata, num_tokens: int, folder: Path) -> int | 
     return ends["eos"]
 
 
-def _tokens(metadata: Metadata, num_tokens: int) -> list[str]:
+def _tokens(metadata: Metadata, num_embeddings: int | None) -> list[str]:
     """The tokens in the order of their ids, each another."""
     key = "tokenizer.ggml.tokens"
     if (tokens := metadata.array(key, str)) is None:
         raise metadata.lacks(key)
-    if len(tokens) != num_tokens:
-        raise metadata.error(key, f"has {len(tokens)} tokens, but token_embd.weight {num_tokens} rows")
+    if num_embeddings is not None and len(tokens) != num_embeddings:
+        raise metadata.error(key, f"has {len(tokens)} tokens, but token_embd.weight {num_embeddings} rows")
     tokens = [token or f"[EMPTY_{token_id}]" for token_id, token in enumerate(tokens)]
-    if len(set(tokens)) != num_tokens:
-        twice = next(token for token_id, token in enumerate(tokens) if tokens.index(token) != token_id)
-        raise metadata.error(key, f"has {twice!r} twice")
+    if len(set(tokens)) != len(tokens):
+        raise metadata.error(key, f"has {Counter(tokens).most_common(1)[0][0]!r} twice")
     return tokens
 
 

@@ -97,6 +97,8 @@ def _gguf(file: Path, progress: bool) -> ModelSource:
     if not file.is_file():
         raise UsageError(f"no file {file}", "model")
     folder = converted(file, progress)
+    if not (folder / "config.json").is_file():
+        raise UsageError(f"{file} is a vocabulary without a model: name it with tokenizer", "model")
     try:
         config = read_config(_read_json(folder / "config.json"))
     except UsageError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,13 +60,16 @@ ROWS = {
 """Those of a model's matrices that are looked at before the others."""
 
 
-@pytest.fixture(autouse=True)
-def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+@pytest.fixture(autouse=True, scope="module")
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 def write(file: Path, metadata: dict[str, Any], num_tokens: int | None = None, parts: int = 1) -> Path:
-    """A model of these metadata with as many embeddings as it has tokens; None stands for a key that is not there."""
+    """A model of these metadata, of which None stands for a key that is not there, with as many embeddings as tokens;
+    with 0 embeddings there are no tensors."""
     writer = gguf.GGUFWriter(file, "", split_max_tensors=3 if parts == 3 else 0)
     for key, value in metadata.items():
         if value is not None:
@@ -73,9 +77,10 @@ def write(file: Path, metadata: dict[str, Any], num_tokens: int | None = None, p
     if num_tokens is None:
         tokens = metadata.get("tokenizer.ggml.tokens")
         num_tokens = len(tokens) if isinstance(tokens, list) else 8
-    writer.add_tensor("token_embd.weight", np.zeros((num_tokens, 16), np.float32))
-    for number, (name, rows) in enumerate(ROWS.items()):
-        writer.add_tensor(name, np.full((rows, 16), number, np.float32))
+    if num_tokens:
+        writer.add_tensor("token_embd.weight", np.zeros((num_tokens, 16), np.float32))
+        for number, (name, rows) in enumerate(ROWS.items()):
+            writer.add_tensor(name, np.full((rows, 16), number, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -294,6 +299,10 @@ assert isinstance(TOKENS, list)
         ({"tokenizer.chat_template": ["a"]}, "tokenizer.chat_template must be a string, not an array of 1"),
         ({"tokenizer.ggml.model": "llama"}, "lacks tokenizer.ggml.scores"),
         (SENTENCEPIECE | {"tokenizer.ggml.scores": [0.0] * 273}, "tokenizer.ggml.scores are all alike"),
+        (
+            SENTENCEPIECE | {"tokenizer.ggml.scores": [float("nan")] * 273},
+            "tokenizer.ggml.scores must be finite numbers",
+        ),
         (SENTENCEPIECE | {"tokenizer.ggml.scores": [0.0]}, "tokenizer.ggml.scores has 1 entries for 273 tokens"),
         (SENTENCEPIECE | {"tokenizer.ggml.add_space_prefix": "no"}, "tokenizer.ggml.add_space_prefix must be true or"),
         ({"general.architecture": None}, "lacks general.architecture"),
@@ -301,7 +310,7 @@ assert isinstance(TOKENS, list)
         ({"llama.block_count": 2.0}, "llama.block_count must be an integer, not 2.0"),
         ({"llama.block_count": [2]}, "llama.block_count must be an integer, not an array of 1"),
         ({"llama.block_count": 0}, "llama.block_count must be positive, not 0"),
-        ({"llama.block_count": 3}, "llama.block_count is 3, but there is no tensor blk.2.attn_q.weight"),
+        ({"llama.block_count": 30}, "llama.block_count is 30, but there are only 7 tensors"),
         ({"llama.embedding_length": None}, "lacks llama.embedding_length"),
         ({"llama.embedding_length": 32}, "llama.embedding_length does not fit the tensor token_embd.weight"),
         (
@@ -328,6 +337,15 @@ assert isinstance(TOKENS, list)
 )
 def test_metadata_that_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     assert message in refusal(tmp_path, BPE | changes)
+
+
+def test_a_vocabulary_without_a_model(tmp_path: Path) -> None:
+    """It is a tokenizer, of whatever architecture."""
+    file = write(tmp_path / "vocab.gguf", BPE | {"general.architecture": "falcon"}, num_tokens=0)
+    whole = tokenizer_of(tmp_path, BPE)
+    assert Tokenizer.from_source(file).backend.to_str() == whole.backend.to_str()
+    with pytest.raises(UsageError, match=r"vocab.gguf is a vocabulary without a model"):
+        resolve_model(str(file))
 
 
 def test_vocabularies_of_another_size(tmp_path: Path) -> None:
