@@ -166,6 +166,8 @@ def _rope(metadata: Metadata, prefix: str, context_length: int, freqs: list[floa
         return rope | {"rope_type": "factors", "factors": freqs}
     former = metadata.positive(f"{prefix}.scale_linear", float, 1.0)  # the factor's key in files of 2023
     factor = metadata.positive(f"{prefix}.scaling.factor", float, former)
+    if factor < 1:
+        raise metadata.error(f"{prefix}.scaling.factor", f"must be at least 1, not {factor}")
     if (kind := metadata.get(f"{prefix}.scaling.type", str, "none" if factor == 1.0 else "linear")) == "none":
         return rope
     if kind not in ("linear", "yarn"):

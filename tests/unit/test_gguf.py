@@ -330,6 +330,7 @@ assert isinstance(TOKENS, list)
         ({"general.architecture": "gpt2"}, "general.architecture 'gpt2' is not supported: rayllm runs llama, qwen2"),
         ({"llama.rope.scaling.type": 3}, "llama.rope.scaling.type must be a string, not 3"),
         ({"llama.rope.scaling.type": "longrope"}, "llama.rope.scaling.type 'longrope' is not supported"),
+        ({"llama.rope.scaling.factor": 0.5}, "llama.rope.scaling.factor must be at least 1"),
         ({"llama.rope.scaling.factor": -1.0}, "llama.rope.scaling.factor must be positive"),
         ({"split.count": "3"}, "split.count must be an integer"),
         ({"split.count": 3}, "lacks split.no"),
