@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 
 from rayllm.caches import writable_cache
+from rayllm.checkpoint.gguf_metadata import part_names
 from rayllm.errors import UsageError
 from rayllm.progress import Track
 
@@ -25,7 +26,8 @@ NUM_READERS = 8
 
 def fetch(url: str, patterns: Sequence[str], track: Track) -> Path:
     """This node's copy of the file, or of those files in the folder, which fit `patterns`, at `url`: what is new or
-    changed is fetched, by one process while others wait. Files are whole or not there.
+    changed is fetched, by one process while others wait. Files are whole or not there. With the first part of a split
+    .gguf file come the others.
 
     Raises UsageError when there is nothing, or it cannot be read.
     """
@@ -40,12 +42,13 @@ def fetch(url: str, patterns: Sequence[str], track: Track) -> Path:
         if found.type == FileType.NotFound:
             raise UsageError(f"there is nothing at {url}", "model")
         is_folder = found.type == FileType.Directory
-        files = system.get_file_info(FileSelector(path)) if is_folder else [found]
-        wanted = [
-            info
-            for info in files
-            if not is_folder or (info.is_file and any(fnmatch.fnmatch(info.base_name, p) for p in patterns))
-        ]
+        if is_folder:
+            files = system.get_file_info(FileSelector(path))
+            names = [info.base_name for info in files if any(fnmatch.fnmatch(info.base_name, p) for p in patterns)]
+        else:
+            names = part_names(found.base_name)
+            files = system.get_file_info([f"{path.removesuffix(found.base_name)}{name}" for name in names])
+        wanted = [info for info in files if info.is_file and info.base_name in names]
         with (folder / ".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             _copy(system, [info for info in wanted if not _is_there(info, folder)], folder, track)

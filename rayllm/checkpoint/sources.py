@@ -14,7 +14,7 @@ from tqdm import tqdm
 from rayllm.caches import is_writable, writable_cache
 from rayllm.checkpoint import bucket
 from rayllm.checkpoint.files import check_file, read_json
-from rayllm.checkpoint.gguf import converted
+from rayllm.checkpoint.gguf import converted, located
 from rayllm.checkpoint.safetensors import WEIGHTS, check_weights, weight_files
 from rayllm.errors import UsageError
 from rayllm.model_config import ModelConfig
@@ -109,8 +109,13 @@ def _gguf(file: Path, progress: bool) -> ModelSource:
         raise UsageError(f"no file {file}", "model")
     check_file(file)
     folder = converted(file, progress)
-    config = read_config(read_json(folder / "config.json"))
-    return ModelSource(str(file.resolve()), "gguf", config, str(folder))
+    if not (folder / "config.json").is_file():
+        raise UsageError(f"{file} is a vocabulary without a model: name it with tokenizer", "model")
+    try:
+        config = read_config(read_json(folder / "config.json"))
+    except UsageError as error:
+        raise UsageError(f"{file}: {error}", error.param) from error
+    return ModelSource(str(located(file)), "gguf", config, str(folder))
 
 
 def _folder(folder: Path, is_dummy: bool, has_weights: bool = True) -> ModelSource:

@@ -127,6 +127,9 @@ ARCHITECTURES = (
     ),
 )
 
+GGUF_ARCHITECTURES = {record.gguf_name: record for record in ARCHITECTURES if record.gguf_name is not None}
+"""The records by the `general.architecture` of .gguf files."""
+
 
 def architecture_of(model_type: str | None, class_names: Sequence[str] = ()) -> Architecture:
     """The record of config.json's `model_type`, which must be of `architectures` if it has them; raises UsageError."""
@@ -136,11 +139,3 @@ def architecture_of(model_type: str | None, class_names: Sequence[str] = ()) -> 
     found = ", ".join(class_names) or f"model_type {model_type!r}"
     known = ", ".join(record.class_name for record in ARCHITECTURES)
     raise UsageError(f"unsupported architecture {found}: rayllm runs {known}")
-
-
-def gguf_architecture(name: str) -> Architecture:
-    """The record of a .gguf file's `general.architecture`; raises UsageError."""
-    records = {record.gguf_name: record for record in ARCHITECTURES if record.gguf_name is not None}
-    if name not in records:
-        raise UsageError(f"unsupported GGUF architecture {name!r}: rayllm runs {', '.join(records)}")
-    return records[name]
