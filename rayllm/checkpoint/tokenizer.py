@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 TOKENIZER, CONFIG = "tokenizer.json", "tokenizer_config.json"
+FILES = (TOKENIZER, "special_tokens_map.json", "added_tokens.json")
 Token = str | dict[str, Any] | None
 Side = Literal["left", "right"]
 
@@ -53,8 +54,9 @@ def read_tokenizer(source: str | Path) -> PreTrainedTokenizerFast:
     try:
         tokenizer = Loader.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers and tokenizers raise all kinds
-        for file in folder.glob("*.json"):
-            read_json(file)  # names the file if that is what is damaged
+        for name in FILES:
+            if (folder / name).exists():
+                read_json(folder / name)  # names the file if that is what is damaged
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UsageError(
             f"no tokenizer at {str(folder)!r} ({reason}): give a folder with {TOKENIZER}", "tokenizer"

@@ -30,7 +30,8 @@ def windowed(config: ConfigJson) -> tuple[LayerConfig, ...]:
 
 def windowed_above(config: ConfigJson) -> tuple[LayerConfig, ...]:
     """Layers of which `layer_types`, or else those from `max_window_layers` on, have a window if that is in use."""
-    first = config.max_window_layers if config.use_sliding_window else config.num_hidden_layers
+    first = 28 if config.max_window_layers is None else config.max_window_layers
+    first = first if config.use_sliding_window else config.num_hidden_layers
     kinds = layer_types(config, [SLIDING if layer >= first else FULL for layer in range(config.num_hidden_layers)])
     window = _window(config, 4096) if config.use_sliding_window else None
     return tuple(LayerConfig(window=window if kind == SLIDING else None) for kind in kinds)

@@ -47,7 +47,7 @@ class ConfigJson(msgspec.Struct, frozen=True):
     layer_types: list[str] | None = None
     use_sliding_window: bool | None = None
     sliding_window: Size | UnsetType | None = UNSET
-    max_window_layers: Annotated[int, Meta(ge=0, le=2**31 - 1)] = 28
+    max_window_layers: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
     no_rope_layers: list[int] | None = None
     no_rope_layer_interval: Size | None = None
     eos_token_id: Any = None
