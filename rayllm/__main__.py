@@ -12,7 +12,7 @@ from rayllm.frontend.commands import CHAT, GENERATE
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command; returns the exit code: 0, 1 when the engine failed, 2 when what was asked cannot work."""
+    """Runs one command; returns the exit code, see `exit_code`."""
     options = _parser().parse_args(arguments)
     return exit_code(lambda: options.run(options))
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from rayllm.errors import EngineDeadError, UsageError, nearest
+from rayllm.errors import AllFailedError, EngineDeadError, UsageError, nearest
 from rayllm.options import HelpFormatter
 
 STARTED = time.monotonic()
@@ -66,7 +66,8 @@ def add_flag(group: argparse._ActionsContainer, name: str, **settings: Any) -> N
 
 
 def exit_code(work: Callable[[], None]) -> int:
-    """Does it: 0, 1 when the engine failed, 2 when what was asked cannot work; errors are told in one line."""
+    """Does it: 0, 1 when the engine failed, 2 when what was asked cannot work, 3 when all of it failed; errors are told
+    in one line."""
     try:
         work()
         return 0
@@ -76,5 +77,8 @@ def exit_code(work: Callable[[], None]) -> int:
     except EngineDeadError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 1
+    except AllFailedError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 3
     except KeyboardInterrupt:
         return 130

@@ -13,7 +13,7 @@ class UsageError(ValueError):
     """
 
     def __init__(self, message: str, param: str | None = None):
-        super().__init__(message)
+        super().__init__(" ".join(message.splitlines()))  # it may quote what came from outside
         self.param = param
 
 
@@ -23,6 +23,10 @@ class ContextLengthError(UsageError):
 
 class EngineDeadError(RuntimeError):
     """The driver or a shard died, or failed; the message names the cause."""
+
+
+class AllFailedError(RuntimeError):
+    """A batch job went to its end, and not one of its rows was answered."""
 
 
 class QueueFullError(RuntimeError):

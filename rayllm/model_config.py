@@ -6,10 +6,14 @@ said in `models.architectures` and `models.config_json`.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
-from typing import Literal
+from reprlib import repr as short
+from typing import Any, Literal
 
 from rayllm.errors import UsageError
+
+logger = logging.getLogger("rayllm")
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ class ModelConfig:
 
     `qkv_bias`, `o_bias` and `mlp_bias` say which linears have a bias, `qk_norm` that every query and key head
     is RMS-normalised before the rotation (Qwen3). `dtype` is the one the weights were saved in.
-    `eos_token_ids` joins those of config.json and generation_config.json.
+    `eos_token_ids` joins those of config.json and generation_config.json; all are in the vocabulary.
     """
 
     model_type: str
@@ -106,11 +110,13 @@ class ModelConfig:
     @property
     def max_model_len(self) -> int:
         """The longest context, in tokens, that is computed as the model was meant: within every layer's window, and
-        with YaRN up to its stretched length."""
-        longest = self.max_position_embeddings
-        if (scaling := self.rope_scaling) is not None and scaling.rope_type == "yarn":
-            longest = max(longest, int(scaling.original_max_position_embeddings * scaling.factor))
-        return min(longest, self.sliding_window or longest)
+        with linear scaling and YaRN up to the stretched length."""
+        longest, scaling = self.max_position_embeddings, self.rope_scaling
+        if scaling is not None and scaling.rope_type == "linear":
+            longest = round(longest * scaling.factor)
+        if scaling is not None and scaling.rope_type == "yarn":
+            longest = round(scaling.original_max_position_embeddings * scaling.factor)
+        return max(1, min(longest, self.sliding_window or longest))
 
     def check_tensor_parallel(self, size: int) -> None:
         """Raises UsageError unless the model can be split over `size` shards."""
@@ -137,3 +143,17 @@ class ModelConfig:
     def kv_bytes_per_token(self, dtype_bytes: int, size: int = 1) -> int:
         """Bytes of keys and values that one token takes on each of `size` shards, over all layers."""
         return 2 * len(self.layers) * self.local_kv_heads(size) * self.head_dim * dtype_bytes
+
+
+def known_ids(found: Any, vocab_size: int, place: str) -> tuple[int, ...]:
+    """Those of `found`, an id, a list of ids or None, that are tokens of the vocabulary; the log tells, in a line, of
+    what else stands in `place`."""
+    entries = found if isinstance(found, list | tuple) else [] if found is None else [found]
+    ids: list[int] = []
+    others: list[Any] = []
+    for entry in entries:
+        is_known = type(entry) is int and 0 <= entry < vocab_size
+        (ids if is_known else others).append(entry)
+    if others:
+        logger.warning("%s: %s is left out, token ids are 0 to %d", place, short(others)[1:-1], vocab_size - 1)
+    return tuple(ids)

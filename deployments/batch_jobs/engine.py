@@ -13,11 +13,10 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group_table
 
 from deployments.answers import ErrorBody, ErrorDetail
-from deployments.bodies import decode_body
+from deployments.batch_jobs.rows import CHAT, request_of
 from deployments.config import BatchConfig
-from deployments.http import ApiError, error_of
+from deployments.http import error_of
 from deployments.metrics import ServiceMetrics
-from deployments.protocol import ChatRequest, CompletionRequest
 from deployments.service import Model, Service
 from rayllm.checkpoint.sources import ModelSource
 from rayllm.config import EngineConfig
@@ -30,12 +29,6 @@ from rayllm.progress import Progress
 
 if TYPE_CHECKING:
     import pyarrow
-
-CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
-BODIES: dict[str, type[ChatRequest] | type[CompletionRequest]] = {CHAT: ChatRequest, COMPLETIONS: CompletionRequest}
-DECODERS: dict[str, Any] = {url: msgspec.json.Decoder(body) for url, body in BODIES.items()}
-NAMES = ("custom_id", "id")
-"""Fields of a row that name it."""
 
 
 class Response(msgspec.Struct):
@@ -60,40 +53,6 @@ class Answer(msgspec.Struct):
     custom_id: str
     response: Response
     error: Error | None
-
-
-def request_of(row: bytes, model: str) -> tuple[str, ChatRequest | CompletionRequest]:
-    """The endpoint that a row's JSON asks for, and the request; `model` where it names none.
-
-    Raises `ApiError` and msgspec's errors, as a request to the service does.
-    """
-    try:
-        fields = msgspec.json.decode(row)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ApiError(400, f"the row is not valid JSON: {error}") from None
-    if not isinstance(fields, dict):
-        raise ApiError(400, "a row must be a JSON object")
-    for name in NAMES:
-        if not isinstance(fields.pop(name, ""), str | int):
-            raise ApiError(400, f"{name} must be a text", name)
-    if "body" in fields:
-        url, method, body = fields.pop("url", None), fields.pop("method", "POST"), fields.pop("body")
-        if unknown := next(iter(fields), None):
-            raise ApiError(400, f"{unknown} must be in the body, or left out", unknown)
-        if isinstance(body, str):  # in Parquet, where columns have one type
-            body = msgspec.json.decode(body)
-        if url not in BODIES or method != "POST":
-            raise ApiError(400, f"method and url must be POST {CHAT} or {COMPLETIONS}, not {method} {url}", "url")
-    else:
-        body = fields
-        if ("prompt" in body) == ("messages" in body):
-            raise ApiError(400, "a row must have a body, a prompt or messages: one of them", "prompt")
-        url = CHAT if "messages" in body else COMPLETIONS
-    if not isinstance(body, dict):
-        raise ApiError(400, "body must be a JSON object", "body")
-    if body.get("stream"):
-        raise ApiError(400, "stream must be left out in a batch job", "stream")
-    return url, decode_body(msgspec.json.encode({"model": model} | body), DECODERS[url])
 
 
 class Slots:
@@ -177,27 +136,30 @@ class JobEngine:
         except EngineDeadError as error:
             await self._slots.fail.remote(error)
             raise
-        return {
-            "key": keys,
-            "line": [msgspec.json.encode(answer) for answer in answers],
-            "failed": [answer.error is not None for answer in answers],
-            "tokens": [answer.response.body.usage.completion_tokens if not answer.error else 0 for answer in answers],
-        }
+        lines, failed, tokens = zip(*answers, strict=True)
+        return {"key": keys, "line": list(lines), "failed": list(failed), "tokens": list(tokens)}
 
-    async def _answer(self, key: str, row: bytes) -> Answer:
-        """Raises `EngineDeadError` when no engine is left; everything else is an answer."""
+    async def _answer(self, key: str, row: bytes) -> tuple[bytes, bool, int]:
+        """The answer's line, whether it is an error, and how many tokens it has.
+
+        Raises `EngineDeadError` when no engine is left; everything else is an answer.
+        """
         request_id = uuid.uuid4().hex
-        error: Error | None = None
+
+        def line(status: int, body: Any, error: Error | None = None) -> bytes:
+            response = Response(status, request_id, body)
+            return msgspec.json.encode(Answer(f"batch_req_{request_id}", key, response, error))
+
         try:
             url, request = request_of(row, self._model)
-            endpoint = self._service.chat if url == CHAT else self._service.complete
-            response = Response(200, request_id, await endpoint(request_id, request))  # type: ignore[arg-type]
+            endpoint: Any = self._service.chat if url == CHAT else self._service.complete
+            answer = await endpoint(request_id, request)
+            return line(200, answer), False, answer.usage.completion_tokens
         except EngineDeadError:
             raise
         except Exception as raised:
             found = error_of(raised)
-            response, error = Response(found.status, request_id, ErrorBody(found.detail)), _error(found.detail)
-        return Answer(f"batch_req_{request_id}", key, response, error)
+            return line(found.status, ErrorBody(found.detail), _error(found.detail)), True, 0
 
 
 def _error(detail: ErrorDetail) -> Error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import contextlib
 import glob
 import os
 from collections.abc import Iterable, Iterator
@@ -37,11 +39,18 @@ class JobInput:
     rows: list[Row]
     hashes: dict[str, str]
     """Hash of each file's content, by name."""
+    models: dict[str, str]
+    """The models that rows name, each with the key of the first row that does."""
 
 
-class _Head(msgspec.Struct):
+class _Body(msgspec.Struct):
+    model: Any = None
+
+
+class _Head(_Body):
     custom_id: Any = None
     id: Any = None
+    body: msgspec.Raw = msgspec.Raw()
 
 
 def find_files(pattern: str) -> dict[str, Path]:
@@ -56,7 +65,12 @@ def find_files(pattern: str) -> dict[str, Path]:
             f"no input at {pattern!r}: give a .jsonl or .parquet file, a folder of such files, or a glob", "input"
         )
     parent = os.path.commonpath([file.absolute().parent for file in found])
-    return {str(file.absolute().relative_to(parent)): file.absolute() for file in sorted(found)}
+    return {_text(file.absolute().relative_to(parent)): file.absolute() for file in sorted(found)}
+
+
+def _text(path: Path) -> str:
+    """As it can be written, whatever bytes it has."""
+    return os.fsencode(path).decode(errors="replace")
 
 
 def read_input(files: dict[str, Path], spool: Path) -> JobInput:
@@ -67,6 +81,7 @@ def read_input(files: dict[str, Path], spool: Path) -> JobInput:
     """
     rows: list[Row] = []
     hashes = {}
+    models: dict[str, str] = {}
     numbers: dict[str, int] = {}
     """Number of each row, by key."""
     starts: dict[str, int] = {}
@@ -77,7 +92,7 @@ def read_input(files: dict[str, Path], spool: Path) -> JobInput:
             hashes[name] = _hash(file)
             starts[name] = len(rows)
             lines = file if file.suffix != ".parquet" else _spooled(file, spool / f"rows-{len(hashes)}.jsonl")
-            for row in _rows(name, lines):
+            for row, model in _rows(name, lines):
                 if (first := numbers.setdefault(row.key, len(rows))) != len(rows):
                     other = [known for known, start in starts.items() if start <= first][-1]
                     places = f"{other} and {name}" if other != name else name
@@ -85,8 +100,10 @@ def read_input(files: dict[str, Path], spool: Path) -> JobInput:
                         f"custom_id must differ between rows, but {row.key!r} stands twice: see {places}", "custom_id"
                     )
                 rows.append(row)
+                if model is not None:
+                    models.setdefault(model, row.key)
             bar.update(file.stat().st_size)
-    return JobInput(rows, hashes)
+    return JobInput(rows, hashes, models)
 
 
 def _hash(file: Path) -> str:
@@ -97,22 +114,32 @@ def _hash(file: Path) -> str:
     return digest.hexdigest()
 
 
-def _rows(name: str, path: Path) -> Iterator[Row]:
+def _rows(name: str, path: Path) -> Iterator[tuple[Row, str | None]]:
+    """The rows, and the models that they name."""
     offset = 0
     with path.open("rb") as stream:
         for number, line in enumerate(stream, 1):
-            if line.strip():
-                yield Row(_key(line) or f"{name}:{number}", str(path), offset)
+            row = line.removeprefix(codecs.BOM_UTF8)
+            if row.strip():
+                key, model = _head(row)
+                yield Row(key or f"{name}:{number}", str(path), offset + len(line) - len(row)), model
             offset += len(line)
 
 
-def _key(line: bytes) -> str | None:
+def _head(row: bytes) -> tuple[str | None, str | None]:
+    """A row's name and its model's, where it has them."""
     try:
-        head = msgspec.json.decode(line, type=_Head)
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        return None
+        head = msgspec.json.decode(row, type=_Head)
+    except (ValueError, RecursionError):
+        return None, None
     given = head.id if head.custom_id is None else head.custom_id
-    return str(given) if isinstance(given, str | int) and given != "" else None
+    model = head.model
+    with contextlib.suppress(ValueError, RecursionError):
+        if bytes(head.body):
+            body = msgspec.json.decode(head.body, type=_Body | str)
+            model = (msgspec.json.decode(body, type=_Body) if isinstance(body, str) else body).model
+    key = str(given) if isinstance(given, str | int) and given != "" else None
+    return key, model if isinstance(model, str) else None
 
 
 def _spooled(file: Path, path: Path) -> Path:
@@ -120,10 +147,11 @@ def _spooled(file: Path, path: Path) -> Path:
     import pyarrow
     import pyarrow.parquet
 
+    encoder = msgspec.json.Encoder(enc_hook=str)
     try:
         with pyarrow.parquet.ParquetFile(file) as parquet, path.open("wb") as stream:
             for batch in parquet.iter_batches(SPOOL_ROWS):
-                stream.write(msgspec.json.Encoder().encode_lines([_without_nulls(row) for row in batch.to_pylist()]))
+                stream.write(encoder.encode_lines([_without_nulls(row) for row in batch.to_pylist()]))
     except (pyarrow.ArrowException, OSError) as error:
         raise UsageError(f"{file} is not readable Parquet: {' '.join(str(error).split())}", "input") from None
     return path
@@ -137,19 +165,13 @@ def _without_nulls(value: Any) -> Any:
     return value
 
 
-def read_lines(rows: Iterable[Row]) -> list[bytes]:
+def read_lines(rows: Iterable[Row]) -> Iterator[bytes]:
     """The rows' JSON."""
-    lines = []
-    path, stream = "", None
-    try:
+    with contextlib.ExitStack() as opened:
+        path, stream = "", None
         for row in rows:
             if stream is None or row.path != path:
-                if stream is not None:
-                    stream.close()
-                path, stream = row.path, open(row.path, "rb")  # noqa: SIM115
+                opened.close()
+                path, stream = row.path, opened.enter_context(open(row.path, "rb"))
             stream.seek(row.offset)
-            lines.append(stream.readline())
-    finally:
-        if stream is not None:
-            stream.close()
-    return lines
+            yield stream.readline()

@@ -23,11 +23,12 @@ from tqdm import tqdm
 from deployments.batch_jobs.engine import JobEngine, Slots
 from deployments.batch_jobs.input import Row, find_files, read_input
 from deployments.batch_jobs.output import Job, JobOutput
+from deployments.batch_jobs.rows import check_rows
 from deployments.config import BatchConfig
 from rayllm.checkpoint.sources import ModelSource, resolve_model
 from rayllm.config import EngineConfig
 from rayllm.engine import placement, ray_private
-from rayllm.errors import EngineDeadError, UsageError
+from rayllm.errors import AllFailedError, EngineDeadError, UsageError
 from rayllm.frontend.chat import with_chat_template_read
 from rayllm.frontend.tokenizer import load_tokenizer
 from rayllm.progress import Progress
@@ -43,24 +44,28 @@ BAR_PERIOD_S = 30.0
 def run(config: BatchConfig, pattern: str, folder: str, address: str | None = None) -> None:
     """Answers the rows of `pattern` (a file, folder or glob) that have no answer in `folder` yet.
 
-    Raises `UsageError` for what cannot work, before an engine starts, and `EngineDeadError` when no engine is left.
+    Raises `UsageError` for what cannot work, before an engine starts, `EngineDeadError` when no engine is left, and
+    `AllFailedError` when every row has an error for an answer.
     """
     _check_ray_data()
     files = find_files(pattern)
     source = resolve_model(config.model, config.load_format)
     config.check_model(source.config)
     config = with_chat_template_read(config)
-    load_tokenizer(config, source)
+    tokenizer = load_tokenizer(config, source)
     signal.signal(signal.SIGTERM, _interrupt)
     start = time.monotonic()
     with JobOutput(Path(folder).absolute()) as output:
         found = read_input(files, output.spool)
+        check_rows(found, [config.name], tokenizer)
         output.begin(Job(config.name, found.hashes))
         rows = [row for row in found.rows if row.key not in output.done]
         if rows:
             _answer(rows, config, source, address, output)
     num_answers = len(output.done) - output.num_failed
     print(f"{num_answers} answers and {output.num_failed} errors in {folder} ({time.monotonic() - start:.0f} s)")
+    if not num_answers:
+        raise AllFailedError(f"all {output.num_failed} rows failed: their answers say why")
 
 
 def _check_ray_data() -> None:

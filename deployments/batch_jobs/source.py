@@ -34,4 +34,4 @@ class RowSource(Datasource):
 
 
 def _read(rows: list[Row]) -> list[pyarrow.Table]:
-    return [pyarrow.table({"key": [row.key for row in rows], "row": read_lines(rows)})]
+    return [pyarrow.table({"key": [row.key for row in rows], "row": list(read_lines(rows))})]

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
+from rayllm.caches import writable_cache
+from rayllm.checkpoint.gguf_metadata import part_names
 from rayllm.errors import UsageError
 from rayllm.progress import Track
 
@@ -24,7 +26,8 @@ NUM_READERS = 8
 
 def fetch(url: str, patterns: Sequence[str], track: Track) -> Path:
     """This node's copy of the file, or of those files in the folder, which fit `patterns`, at `url`: what is new or
-    changed is fetched, by one process while others wait. Files are whole or not there.
+    changed is fetched, by one process while others wait. Files are whole or not there. With the first part of a split
+    .gguf file come the others.
 
     Raises UsageError when there is nothing, or it cannot be read.
     """
@@ -33,19 +36,19 @@ def fetch(url: str, patterns: Sequence[str], track: Track) -> Path:
     except ImportError:
         raise UsageError(f"to read {url}, pyarrow is needed: pip install 'rayllm[bucket]'", "model") from None
     folder = folder_of(url)
-    folder.mkdir(parents=True, exist_ok=True)
     try:
         system, path = FileSystem.from_uri(url)
         found = system.get_file_info(path)
         if found.type == FileType.NotFound:
             raise UsageError(f"there is nothing at {url}", "model")
         is_folder = found.type == FileType.Directory
-        files = system.get_file_info(FileSelector(path)) if is_folder else [found]
-        wanted = [
-            info
-            for info in files
-            if not is_folder or (info.is_file and any(fnmatch.fnmatch(info.base_name, p) for p in patterns))
-        ]
+        if is_folder:
+            files = system.get_file_info(FileSelector(path))
+            names = [info.base_name for info in files if any(fnmatch.fnmatch(info.base_name, p) for p in patterns)]
+        else:
+            names = part_names(found.base_name)
+            files = system.get_file_info([f"{path.removesuffix(found.base_name)}{name}" for name in names])
+        wanted = [info for info in files if info.is_file and info.base_name in names]
         with (folder / ".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             _copy(system, [info for info in wanted if not _is_there(info, folder)], folder, track)
@@ -55,9 +58,9 @@ def fetch(url: str, patterns: Sequence[str], track: Track) -> Path:
 
 
 def folder_of(url: str) -> Path:
-    """Where this node's copy is."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rayllm" / "models"
-    return root / f"{url.rstrip('/').rpartition('/')[2]}-{xxhash.xxh3_64_hexdigest(url.encode())}"
+    """Where this node's copy is; made if need be."""
+    name = f"{url.rstrip('/').rpartition('/')[2]}-{xxhash.xxh3_64_hexdigest(url.encode())}"
+    return writable_cache(f"models/{name}")
 
 
 def _is_there(info: FileInfo, folder: Path) -> bool:

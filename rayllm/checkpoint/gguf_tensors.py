@@ -26,7 +26,10 @@ class GGUFCheckpoint:
         numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
         self._names = gguf.get_tensor_name_map(numbers[record.gguf_name], config.num_hidden_layers)
         self._tensors = read_index(path)
-        self._bytes = np.memmap(path, dtype=np.uint8, mode="r").view(np.ndarray)
+        parts = {tensor.part for tensor in self._tensors.values()}
+        self._bytes = {
+            part: np.memmap(path.with_name(part), dtype=np.uint8, mode="r").view(np.ndarray) for part in parts
+        }
         self._head_dim = config.head_dim
         self._pairwise = (".q_proj", ".k_proj") if record.gguf_pairwise else ()
 
@@ -47,7 +50,7 @@ class GGUFCheckpoint:
         target = part.target if part.target.dim() == 2 else part.target.unsqueeze(1)
         rows, columns = target.shape
         total = tensor.shape[1] if len(tensor.shape) == 2 else 1
-        blocks = self._bytes[tensor.offset : tensor.offset + tensor.nbytes]
+        blocks = self._bytes[tensor.part][tensor.offset : tensor.offset + tensor.nbytes]
         blocks = blocks.reshape(-1, total // block_values * block_bytes)
         skip = 0
         if part.dim == 0:

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
+import msgspec
+
+from rayllm.checkpoint.files import check_file, read_json
 from rayllm.errors import UsageError
-from rayllm.models.layers import WeightSlice
+from rayllm.models.config_fields import typed
+
+if TYPE_CHECKING:
+    from rayllm.models.layers import WeightSlice
+
+WEIGHTS = "*.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+class _Index(msgspec.Struct):
+    weight_map: dict[str, str]
+    """The file of each tensor."""
 
 
 class SafetensorsCheckpoint:
@@ -17,14 +30,9 @@ class SafetensorsCheckpoint:
     """
 
     def __init__(self, folder: Path) -> None:
-        index = folder / "model.safetensors.index.json"
-        if index.exists():
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        else:
-            names = sorted(file.name for file in folder.glob("*.safetensors"))
         self._files: dict[str, Any] = {}
-        for name in names:
-            file = _open_safetensors(folder / name)
+        for path in weight_files(folder):
+            file = _open(path, "pt")
             self._files |= dict.fromkeys(file.keys(), file)
 
     def shape(self, name: str) -> tuple[int, ...] | None:
@@ -41,12 +49,30 @@ class SafetensorsCheckpoint:
         return values.nbytes
 
 
-def _open_safetensors(file: Path) -> Any:
+def weight_files(folder: Path) -> list[Path]:
+    """The files that the folder's index names, or else all there are. Raises UsageError for a damaged index."""
+    index = folder / INDEX
+    if not index.exists():
+        return sorted(folder.glob(WEIGHTS))
+    names = sorted(set(typed(read_json(index), _Index, str(index)).weight_map.values()))
+    if wrong := next((name for name in names if Path(name).name != name), None):
+        raise UsageError(f"{index}: weight_map: {wrong!r} is no file of this folder")
+    return [folder / name for name in names]
+
+
+def check_weights(files: list[Path]) -> None:
+    """Raises UsageError if a file is missing or damaged, as far as its header tells; reads no weights."""
+    for file in files:
+        _open(file, "np")
+
+
+def _open(file: Path, framework: Literal["pt", "np"]) -> Any:
     from safetensors import SafetensorError, safe_open
 
+    if not file.exists():
+        raise UsageError(f"{file} is missing: download the checkpoint again")
+    check_file(file)
     try:
-        return safe_open(file, framework="pt")
-    except FileNotFoundError:
-        raise UsageError(f"{file} is missing: download the checkpoint again") from None
-    except SafetensorError as error:
-        raise UsageError(f"{file} is damaged ({error}): download the checkpoint again") from error
+        return safe_open(file, framework=framework)
+    except (SafetensorError, OSError) as error:
+        raise UsageError(f"{file} is damaged ({error}): download the checkpoint again") from None

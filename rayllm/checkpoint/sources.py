@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,8 +11,11 @@ from typing import Any, Literal, TypeVar
 
 from tqdm import tqdm
 
+from rayllm.caches import is_writable, writable_cache
 from rayllm.checkpoint import bucket
-from rayllm.checkpoint.gguf import converted
+from rayllm.checkpoint.files import check_file, read_json
+from rayllm.checkpoint.gguf import converted, located
+from rayllm.checkpoint.safetensors import WEIGHTS, check_weights, weight_files
 from rayllm.errors import UsageError
 from rayllm.model_config import ModelConfig
 from rayllm.models.config_json import read_config
@@ -21,9 +23,8 @@ from rayllm.progress import Track, untracked
 
 T = TypeVar("T")
 
-WEIGHTS = "*.safetensors"
-FILES = ["*.json", WEIGHTS, "*.jinja", "tokenizer.model", "*.txt"]
-"""What is fetched of a model folder."""
+SMALL_FILES = ["*.json", "*.jinja", "tokenizer.model", "*.txt"]
+"""What is fetched of a model folder beside its weights."""
 UNWANTED = ["*/*", "consolidated*"]  # other formats of the same weights
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -64,13 +65,13 @@ def resolve_model(model: str, load_format: Literal["auto", "dummy"] = "auto", pr
     """
     is_dummy = load_format == "dummy"
     path = Path(model).expanduser()
-    if "://" in model or (not path.exists() and HUB_ID.fullmatch(model) and path.suffix != ".gguf" and model[0] != "."):
+    if is_remote(model):
         track = _bar if progress else untracked
         return _fetched(model, is_dummy, weights=False, track=track)
     if path.suffix == ".gguf" and not is_dummy:
         return _gguf(path, progress)
     if path.is_file() and path.suffix == ".json" and is_dummy:
-        return ModelSource(str(path), "dummy", read_config(_read_json(path)), None)
+        return ModelSource(str(path), "dummy", read_config(read_json(path)), None)
     if not path.is_dir():
         raise UsageError(
             f"no model at {model!r}: give a folder with config.json and .safetensors files, a .gguf file, a Hub id or "
@@ -80,10 +81,20 @@ def resolve_model(model: str, load_format: Literal["auto", "dummy"] = "auto", pr
     return _folder(path, is_dummy)
 
 
+def is_remote(model: str) -> bool:
+    """Whether that is a Hub id or a URL, and nothing that lies here."""
+    is_id = HUB_ID.fullmatch(model) and not model.endswith(".gguf") and model[0] != "."
+    return "://" in model or bool(is_id and not Path(model).expanduser().exists())
+
+
+def fetch(origin: str, patterns: list[str], track: Track = untracked) -> Path:
+    """This node's copy of a Hub id's or URL's files that fit `patterns`. Raises UsageError if they cannot be had."""
+    return bucket.fetch(origin, patterns, track) if "://" in origin else _download(origin, patterns)
+
+
 def _fetched(origin: str, is_dummy: bool, weights: bool, track: Track) -> ModelSource:
     """The model of a Hub id or URL, on this node."""
-    patterns = FILES if weights and not is_dummy else [pattern for pattern in FILES if pattern != WEIGHTS]
-    path = bucket.fetch(origin, patterns, track) if "://" in origin else _download(origin, patterns)
+    path = fetch(origin, [*SMALL_FILES, WEIGHTS] if weights and not is_dummy else SMALL_FILES, track)
     source = _gguf(path, progress=False) if path.suffix == ".gguf" else _folder(path, is_dummy, has_weights=weights)
     return dataclasses.replace(source, origin=origin)
 
@@ -96,22 +107,31 @@ def _bar(items: Sequence[T], stage: str) -> Iterator[T]:
 def _gguf(file: Path, progress: bool) -> ModelSource:
     if not file.is_file():
         raise UsageError(f"no file {file}", "model")
+    check_file(file)
     folder = converted(file, progress)
-    config = read_config(_read_json(folder / "config.json"))
-    return ModelSource(str(file.resolve()), "gguf", config, str(folder))
+    if not (folder / "config.json").is_file():
+        raise UsageError(f"{file} is a vocabulary without a model: name it with tokenizer", "model")
+    try:
+        config = read_config(read_json(folder / "config.json"))
+    except UsageError as error:
+        raise UsageError(f"{file}: {error}", error.param) from error
+    return ModelSource(str(located(file)), "gguf", config, str(folder))
 
 
 def _folder(folder: Path, is_dummy: bool, has_weights: bool = True) -> ModelSource:
     if not (folder / "config.json").is_file():
         raise UsageError(f"{folder} has no config.json: it is not a Hugging Face model folder", "model")
     generation = folder / "generation_config.json"
-    config = read_config(_read_json(folder / "config.json"), _read_json(generation) if generation.is_file() else None)
-    if not is_dummy and has_weights and not any(folder.glob("*.safetensors")):
+    config = read_config(read_json(folder / "config.json"), read_json(generation) if generation.is_file() else None)
+    weights = [] if is_dummy else weight_files(folder)
+    if not is_dummy and has_weights and not weights:
         pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt*"))
         found = "only pickled weights, which can run code" if pickled else "no weights"
         raise UsageError(
             f"{folder} has {found}: rayllm reads .safetensors (or load_format='dummy': random ones)", "model"
         )
+    if has_weights:
+        check_weights(weights)
     path = str(folder.resolve())
     return ModelSource(
         path, "dummy" if is_dummy else "safetensors", config, path if any(folder.glob("tokenizer*")) else None
@@ -122,8 +142,17 @@ def _download(repo: str, patterns: list[str]) -> Path:
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    def download(**where: Any) -> Path:
+        found = huggingface_hub.snapshot_download(repo, allow_patterns=patterns, ignore_patterns=UNWANTED, **where)
+        return Path(found)
+
     try:
-        return Path(huggingface_hub.snapshot_download(repo, allow_patterns=patterns, ignore_patterns=UNWANTED))
+        if is_writable(Path(huggingface_hub.constants.HF_HUB_CACHE)):
+            return download()
+        try:  # it may have come with the image of a container
+            return download(local_files_only=True)
+        except LocalEntryNotFoundError:
+            return download(cache_dir=writable_cache("hub"))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UsageError(
@@ -131,13 +160,3 @@ def _download(repo: str, patterns: list[str]) -> Path:
             f"({type(error).__name__}: {reason}): check the name and the network, or pass a local folder",
             "model",
         ) from error
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{file} is not readable JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise UsageError(f"{file} must hold a JSON object")
-    return content

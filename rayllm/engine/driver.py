@@ -290,7 +290,7 @@ class Driver:
     def _sequence(self, client_id: int, new: NewSequence) -> Sequence:
         params = new.params
         room = self.config.max_model_len - new.num_prompt_tokens
-        eos_token_ids = () if params.ignore_eos else self.source.config.eos_token_ids
+        eos_token_ids = () if params.ignore_eos else new.eos_token_ids
         return Sequence(
             client_id=client_id,
             sequence_id=new.sequence_id,

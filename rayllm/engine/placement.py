@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import secrets
 import socket
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Literal
 
 import grpc
@@ -15,6 +18,7 @@ import yaml
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from tqdm import tqdm
 
+from rayllm.caches import is_writable
 from rayllm.config import DeviceName
 from rayllm.engine import ray_private
 from rayllm.errors import UsageError
@@ -52,15 +56,24 @@ def connect(address: str | None, min_cpus: int) -> bool:
         return False
     start = address == "local"
     options = {"include_dashboard": False, "num_cpus": max(os.cpu_count() or 1, min_cpus)} if start else {}
-    if not start:
+    if start:
+        _provide_token()
+    else:
         _check_reachable(address)
     try:
-        ray.init(address, log_to_driver=False, logging_level=logging.ERROR, namespace="rayllm", **options)
+        with ray_private.without_uv_run() if start else contextlib.nullcontext():
+            ray.init(address, log_to_driver=False, logging_level=logging.ERROR, namespace="rayllm", **options)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         reason = " ".join(str(error).split())
         action = "start" if start else "connect to"
         raise UsageError(f"cannot {action} Ray (address {address}): {reason}", "address") from None
     return start
+
+
+def _provide_token() -> None:
+    """Gives a Ray that is to start here its token if it could not write one to the user's folder."""
+    if not is_writable(Path("~/.ray")) and not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
 def _check_reachable(address: str) -> None:

@@ -6,12 +6,14 @@ that breaks one fails there.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
 import ray
-from ray._private import services
+from ray._private import ray_constants, services
 from ray._private.accelerators import get_accelerator_manager_for_resource
 from ray.autoscaler.v2.utils import is_autoscaler_v2
 from ray.experimental.internal_kv import _internal_kv_exists, _internal_kv_get, _internal_kv_put
@@ -39,6 +41,21 @@ def ask(cluster: str, timeout_s: float) -> grpc.StatusCode:
         except grpc.RpcError as error:
             return error.code()
     return grpc.StatusCode.OK
+
+
+@contextlib.contextmanager
+def without_uv_run() -> Iterator[None]:
+    """Meanwhile `ray.init` of a process under `uv run` does as in any other process.
+
+    Else Ray uploads the working folder, which must then be below 512 MiB, and starts each process through `uv run` in a
+    copy of it: on the same machine to no purpose. Contract: `ray._private.ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV`.
+    """
+    known = ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV
+    ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = False
+    try:
+        yield
+    finally:
+        ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = known
 
 
 def is_client() -> bool:

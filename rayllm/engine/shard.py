@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import ray
 
+from rayllm.caches import use_writable_caches
 from rayllm.checkpoint.sources import ModelSource
 from rayllm.config import EngineConfig
 from rayllm.engine.placement import local_host
@@ -78,6 +79,8 @@ class Shard:
     def load(self, store: tuple[str, int] | None) -> list[int]:
         """Joins the other ranks, loads the weights; returns how many blocks of each KV group there is room for."""
         self._tracker.stage("importing torch")
+        if self.config.device == "cuda":
+            use_writable_caches()
         from rayllm.runner import process_group, warm_up
         from rayllm.runner.device import DTYPES, open_device
         from rayllm.runner.loading import load_model

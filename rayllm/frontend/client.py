@@ -20,7 +20,7 @@ from rayllm.frontend.tokenizer import Tokenizer
 from rayllm.messages.base import pack_ids
 from rayllm.messages.sequences import NewSequence, Updates
 from rayllm.messages.transport import Address, Receiver
-from rayllm.model_config import ModelConfig
+from rayllm.model_config import ModelConfig, known_ids
 from rayllm.sampling_params import SamplingParams, SnapkvLimit
 
 Prompt = str | Sequence[int] | Sequence[dict[str, Any]]
@@ -81,6 +81,9 @@ class Client:
         self.max_model_len = config.max_model_len
         self.vocab_size = model.vocab_size
         self.tokenizer = tokenizer
+        named = tokenizer.eos_token_ids if tokenizer else ()
+        own_ends = known_ids(named, model.vocab_size, "the tokenizer's eos_token")
+        self._eos_token_ids = list(dict.fromkeys(model.eos_token_ids + own_ends))
         self._link = link
         self._random = random.Random(config.seed)
         self._inbox: Receiver[Updates] = Receiver(Updates, host)
@@ -241,6 +244,7 @@ class Client:
             params=choice.params,
             seed=choice.seed,
             cache_salt=cache_salt,
+            eos_token_ids=self._eos_token_ids,
         )
         call = asyncio.ensure_future(self._link.answer(self._address, message))
         call.add_done_callback(lambda call: changed.set() if call.cancelled() or call.exception() else None)

@@ -40,6 +40,8 @@ class NewSequence(msgspec.Struct, frozen=True, array_like=True):
     seed: int
     cache_salt: str | None = None
     """Sequences share cached blocks only with those of the same salt."""
+    eos_token_ids: list[int] = []
+    """What ends it beside the params' `stop_token_ids`, unless they ignore it."""
 
 
 class AddSequence(Message, frozen=True, array_like=True):

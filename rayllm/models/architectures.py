@@ -6,58 +6,64 @@ neither torch nor transformers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+
+from msgspec import UNSET
 
 from rayllm.errors import UsageError
 from rayllm.model_config import LayerConfig
+from rayllm.models.config_fields import ConfigJson
 
-ConfigJson = Mapping[str, Any]
-"""The content of a config.json."""
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
-def alike(config: ConfigJson, num_layers: int) -> tuple[LayerConfig, ...]:
+def alike(config: ConfigJson) -> tuple[LayerConfig, ...]:
     """Layers that all see everything."""
-    return (LayerConfig(),) * num_layers
+    return (LayerConfig(),) * config.num_hidden_layers
 
 
-def windowed(config: ConfigJson, num_layers: int) -> tuple[LayerConfig, ...]:
+def windowed(config: ConfigJson) -> tuple[LayerConfig, ...]:
     """Layers that all have the same window, unless it is null."""
-    return (LayerConfig(window=config.get("sliding_window", 4096)),) * num_layers
+    return (LayerConfig(window=_window(config, 4096)),) * config.num_hidden_layers
 
 
-def windowed_above(config: ConfigJson, num_layers: int) -> tuple[LayerConfig, ...]:
+def windowed_above(config: ConfigJson) -> tuple[LayerConfig, ...]:
     """Layers of which `layer_types`, or else those from `max_window_layers` on, have a window if that is in use."""
-    first = config.get("max_window_layers", 28) if config.get("use_sliding_window") else num_layers
-    if not isinstance(first, int):
-        raise UsageError(f"config.json: max_window_layers must be an integer, not {first!r}")
-    kinds = layer_types(config, [SLIDING if layer >= first else FULL for layer in range(num_layers)])
-    window = config.get("sliding_window", 4096) if config.get("use_sliding_window") else None
+    first = 28 if config.max_window_layers is None else config.max_window_layers
+    first = first if config.use_sliding_window else config.num_hidden_layers
+    kinds = layer_types(config, [SLIDING if layer >= first else FULL for layer in range(config.num_hidden_layers)])
+    window = _window(config, 4096) if config.use_sliding_window else None
     return tuple(LayerConfig(window=window if kind == SLIDING else None) for kind in kinds)
 
 
-def some_unrotated(config: ConfigJson, num_layers: int) -> tuple[LayerConfig, ...]:
+def some_unrotated(config: ConfigJson) -> tuple[LayerConfig, ...]:
     """Layers that are not rotated where `no_rope_layers` has a 0, or else every `no_rope_layer_interval`-th; only
     those have a window, if one is in use, unless `layer_types` say otherwise."""
-    interval = positive(config, "no_rope_layer_interval", 4)
-    rotated = config.get("no_rope_layers") or [(layer + 1) % interval for layer in range(num_layers)]
+    num_layers, interval = config.num_hidden_layers, config.no_rope_layer_interval or 4
+    rotated = config.no_rope_layers or [(layer + 1) % interval for layer in range(num_layers)]
     if len(rotated) < num_layers:
         raise UsageError(f"config.json: no_rope_layers are {len(rotated)}, but num_hidden_layers is {num_layers}")
     kinds = layer_types(config, [FULL if rotary else SLIDING for rotary in rotated[:num_layers]])
-    window = config.get("sliding_window") if config.get("use_sliding_window") else None
+    window = _window(config, None) if config.use_sliding_window else None
     return tuple(
         LayerConfig(window=window if kind == SLIDING else None, rotary=bool(rotary))
         for kind, rotary in zip(kinds, rotated, strict=False)
     )
 
 
+def _window(config: ConfigJson, default: int | None) -> int | None:
+    """`sliding_window`, of which null says that there is none, or `default` where it does not stand."""
+    return default if config.sliding_window is UNSET else config.sliding_window
+
+
 def layer_types(config: ConfigJson, default: list[str]) -> list[str]:
     """config.json's `layer_types`, or `default`; raises UsageError unless there is a known one for each layer."""
-    kinds: list[str] = config.get("layer_types") or default
+    kinds = config.layer_types or default
     if unknown := set(kinds) - {FULL, SLIDING}:
-        raise UsageError(f"unsupported layer_types {', '.join(sorted(unknown))}: rayllm runs {FULL} and {SLIDING}")
+        raise UsageError(
+            f"config.json: unsupported layer_types {', '.join(sorted(unknown))}: rayllm runs {FULL} and {SLIDING}"
+        )
     if len(kinds) != len(default):
         raise UsageError(f"config.json: layer_types are {len(kinds)}, but num_hidden_layers is {len(default)}")
     return kinds
@@ -71,8 +77,8 @@ class Architecture:
     """The architecture's name in config.json."""
     class_name: str
     """The class in transformers, which config.json's `architectures` names."""
-    layers: Callable[[ConfigJson, int], tuple[LayerConfig, ...]] = alike
-    """The kinds of the layers, given config.json and their number."""
+    layers: Callable[[ConfigJson], tuple[LayerConfig, ...]] = alike
+    """The kinds of the layers."""
     head_dim: int | None = None
     """What head_dim is where config.json does not say; None: hidden_size / num_attention_heads."""
     rope_theta: float = 10000.0
@@ -122,6 +128,9 @@ ARCHITECTURES = (
     ),
 )
 
+GGUF_ARCHITECTURES = {record.gguf_name: record for record in ARCHITECTURES if record.gguf_name is not None}
+"""The records by the `general.architecture` of .gguf files."""
+
 
 def architecture_of(model_type: str | None, class_names: Sequence[str] = ()) -> Architecture:
     """The record of config.json's `model_type`, which must be of `architectures` if it has them; raises UsageError."""
@@ -131,20 +140,3 @@ def architecture_of(model_type: str | None, class_names: Sequence[str] = ()) -> 
     found = ", ".join(class_names) or f"model_type {model_type!r}"
     known = ", ".join(record.class_name for record in ARCHITECTURES)
     raise UsageError(f"unsupported architecture {found}: rayllm runs {known}")
-
-
-def gguf_architecture(name: str) -> Architecture:
-    """The record of a .gguf file's `general.architecture`; raises UsageError."""
-    records = {record.gguf_name: record for record in ARCHITECTURES if record.gguf_name is not None}
-    if name not in records:
-        raise UsageError(f"unsupported GGUF architecture {name!r}: rayllm runs {', '.join(records)}")
-    return records[name]
-
-
-def positive(config: ConfigJson, key: str, default: int | None = None) -> int:
-    """config.json's `key`, or `default` where that is absent or null; raises UsageError unless it is an integer ≥ 1."""
-    value = config.get(key)
-    value = default if value is None else value
-    if not isinstance(value, int) or value < 1:
-        raise UsageError(f"config.json: {key} must be a positive integer, not {value!r}")
-    return value

@@ -13,20 +13,20 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
-from getpass import getuser
 from pathlib import Path
 
+from rayllm.caches import flash_attention_cache, use_writable_caches
 from rayllm.config import EngineConfig
+from rayllm.errors import UsageError
 from rayllm.model_config import ModelConfig
 
 GPU_DRIVER = Path("/dev/nvidiactl")
 PR_SET_PDEATHSIG = 1
 """Linux: this process ends with the one that started it."""
 TIMEOUT_S = 60
-IMPOSSIBLE = OSError, KeyError, importlib.metadata.PackageNotFoundError
-"""No place to write to, no user's name, no FlashAttention-4."""
+IMPOSSIBLE = OSError, UsageError, importlib.metadata.PackageNotFoundError
+"""No place to write to, no FlashAttention-4."""
 
 
 def start(config: EngineConfig, model: ModelConfig) -> subprocess.Popen[bytes] | None:
@@ -52,23 +52,15 @@ def wait() -> None:
             pass
 
 
-def _folder() -> Path:
-    """Where FlashAttention-4 keeps what it compiles."""
-    default = Path(tempfile.gettempdir(), getuser(), "flash_attention_cute_dsl_cache")
-    folder = Path(os.environ.get("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", default))
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
 def _marker(arguments: list[str]) -> Path:
     """A file that is there when the kernel is, for this Python and these packages."""
     versions = [importlib.metadata.version(package) for package in ("flash-attn-4", "nvidia-cutlass-dsl")]
-    return _folder() / "-".join((f"rayllm-py{sys.version_info.minor}", *versions, *arguments))
+    return flash_attention_cache() / "-".join((f"rayllm-py{sys.version_info.minor}", *versions, *arguments))
 
 
 @contextlib.contextmanager
 def _lock(kind: int) -> Iterator[None]:
-    with open(_folder() / "rayllm.lock", "a") as file:
+    with open(flash_attention_cache() / "rayllm.lock", "a") as file:
         fcntl.flock(file, kind)
         yield
 
@@ -79,6 +71,7 @@ def main() -> None:
     signal.alarm(TIMEOUT_S)
     dtype_name, *sizes = sys.argv[1:]
     heads, kv_heads, head_dim, block_size = map(int, sizes)
+    use_writable_caches()
     with _lock(fcntl.LOCK_EX):
         if (marker := _marker(sys.argv[1:])).exists():
             return

@@ -211,6 +211,40 @@ def test_refusals(capsys: pytest.CaptureFixture[str], tiny_text_model: Path, smo
     assert "num_engines must be at least 1" in error_of(capsys, *common, *model, "--num-engines", "0")
     assert "'a' stands twice: see in.jsonl" in error_of(capsys, *common, *model)
     assert "is no output of a batch job" in error_of(capsys, *common, *model, "--output", str(tmp_path))
+    file.write_text('{"prompt": "a"}\n{"prompt": "b", "model": "gpt-4o"}\n')
+    assert "in.jsonl:2 asks for the model 'gpt-4o'" in error_of(capsys, *common, *model)
+    file.write_text('{"prompt": 5}\n{oops\n')
+    assert "not one of the 2 rows can be answered; the first, in.jsonl:1: prompt" in error_of(capsys, *common, *model)
+    file.write_text("")
+    assert "there are no rows in the input" in error_of(capsys, *common, *model)
+
+
+@pytest.mark.slow
+def test_a_job_whose_rows_all_fail(
+    engine_pool,
+    ray_cluster: str,
+    capsys: pytest.CaptureFixture[str],
+    tiny_text_model: Path,
+    smollm2: Path,
+    tmp_path: Path,
+):
+    """Has an exit code of its own, each time; what nothing can read is its row's affair."""
+    engine_pool.make_room(1)
+    deep = '{"custom_id": "deep", "prompt": ' + "[" * 5000 + "]" * 5000 + "}"
+    (tmp_path / "in.jsonl").write_text(
+        "\ufeff" + json.dumps({"custom_id": "long", "prompt": "a " * 3000}) + f"\n{deep}\n"
+    )
+    files = ["--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out"), "--address", ray_cluster]
+    command = ["batch", *files, "--model", str(tiny_text_model), "--tokenizer", str(smollm2), *ENGINE]
+    for _ in range(2):
+        assert main(command) == 3
+        shown = capsys.readouterr()
+        assert shown.out.startswith("0 answers and 2 errors in ")
+        assert shown.err.splitlines()[-1] == "Error: all 2 rows failed: their answers say why"
+        assert "Traceback" not in shown.err
+    answers = {answer["custom_id"]: answer["error"]["message"] for answer in map(json.loads, lines(tmp_path / "out"))}
+    assert set(answers) == {"long", "in.jsonl:2"}
+    assert "nested too deeply" in answers["in.jsonl:2"]
 
 
 @pytest.mark.slow

@@ -244,6 +244,7 @@ def test_sliding_windows():
     assert window(model_type="qwen2", sliding_window=100) == (None, 256)
     mixed = {"model_type": "qwen2", "sliding_window": 100, "use_sliding_window": True}
     assert window(**mixed, max_window_layers=3) == (None, 256)
+    assert window(**mixed, max_window_layers=None) == (None, 256)
     assert window(**mixed, max_window_layers=2) == (100, 100)
 
 

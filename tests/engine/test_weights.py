@@ -53,10 +53,10 @@ def write_folder(folder, config, tensors, files=1):
     return folder
 
 
-def write_gguf(file, config, tensors, quantization):
+def write_gguf(file, config, tensors, quantization, tensors_per_part=0):
     """As llama.cpp's converter does: rows of q and k of a Llama or SmolLM3 reordered, vectors in float32."""
     architecture = config.model_type
-    writer = gguf.GGUFWriter(file, architecture)
+    writer = gguf.GGUFWriter(file, architecture, split_max_tensors=tensors_per_part)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -158,7 +158,7 @@ def test_gguf_slices(variant, kind, tmp_path, monkeypatch):
     _, config, tensors = variant
     quantization = gguf.GGMLQuantizationType[kind]
     source = resolve_model(str(write_gguf(tmp_path / "model.gguf", config, tensors, quantization)))
-    assert source.config.eos_token_ids == (1,)
+    assert source.config.eos_token_ids == (1, 0), "what it names, then what is spelled like an end"
     for name in ("layers", "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "head_dim"):
         assert getattr(source.config, name) == getattr(config, name), name
     for name in ("num_key_value_heads", "rope_theta", "rms_norm_eps", "qkv_bias", "qk_norm", "tie_word_embeddings"):
@@ -175,6 +175,15 @@ def test_gguf_slices(variant, kind, tmp_path, monkeypatch):
     (whole,) = expect_slices(source, 1, expected)
     assert max(expect_slices(source, 3, expected)) < 0.36 * whole
     expect_slices(source, 6, expected)
+
+
+def test_gguf_in_parts(variant, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    _, config, tensors = variant
+    write_gguf(tmp_path / "model.gguf", config, tensors, gguf.GGMLQuantizationType.F32, tensors_per_part=5)
+    first, *others = sorted(tmp_path.glob("model-*.gguf"))
+    assert len(others) > 2
+    expect_slices(resolve_model(str(first)), 3, tensors)
 
 
 def test_gguf_of_a_real_model_is_split(smollm2):

@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -36,6 +39,22 @@ def test_cluster_at(gcs_address: str, monkeypatch: pytest.MonkeyPatch):
 def test_ask(gcs_address: str):
     assert ray_private.ask(gcs_address, timeout_s=10) in (grpc.StatusCode.OK, grpc.StatusCode.UNAUTHENTICATED)
     assert ray_private.ask(f"127.0.0.1:{free_port()}", timeout_s=10) == grpc.StatusCode.UNAVAILABLE
+
+
+def test_without_uv_run(tmp_path: Path):
+    """A Ray starts in a folder that it would not upload, under a process that looks like uv's."""
+    with (tmp_path / "weights").open("wb") as file:
+        file.truncate(600 << 20)
+    code = (
+        "import ray, rayllm.engine.placement as p; p.connect('local', 1); print(ray.get_runtime_context().runtime_env)"
+    )
+    (tmp_path / "run").write_text(f'{sys.executable} -c "{code}"\n')
+    environment = os.environ | {"PYTHONPATH": ":".join(sys.path)}
+    command = ["bash", "-c", "exec -a uv bash run"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.stdout, done.stderr) == ("{}\n", "")
 
 
 def test_is_client(host: str):

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import codecs
 import json
+import os
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import msgspec
 import pyarrow
 import pyarrow.parquet
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from deployments.batch_jobs import output as job_output
-from deployments.batch_jobs.engine import request_of
-from deployments.batch_jobs.input import find_files, read_input, read_lines
+from deployments.batch_jobs.input import _head, find_files, read_input, read_lines
 from deployments.batch_jobs.output import Job, JobOutput
+from deployments.batch_jobs.rows import check_rows, request_of
 from deployments.http import ApiError, error_of
 from deployments.protocol import ChatRequest, CompletionRequest
 from rayllm.errors import UsageError
@@ -30,7 +36,7 @@ def test_names_of_rows(tmp_path: Path):
     file = write(tmp_path / "in.jsonl", *rows)
     found = read_input(find_files(str(file)), tmp_path)
     assert [row.key for row in found.rows] == ["a", "7", *(f"in.jsonl:{number}" for number in (4, 5, 6, 7))]
-    assert read_lines(found.rows[::-1])[-1] == b'{"custom_id": "a", "id": "b"}\n'
+    assert list(read_lines(found.rows[::-1]))[-1] == b'{"custom_id": "a", "id": "b"}\n'
 
 
 def test_folders_and_globs(tmp_path: Path):
@@ -108,6 +114,116 @@ def test_model_of_rows():
     row = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": BODY}
     assert request_of(json.dumps(row).encode(), "m")[1].model == "m"
     assert request_of(json.dumps(row | {"body": BODY | {"model": "other"}}).encode(), "m")[1].model == "other"
+
+
+DEEP = '{"custom_id": "deep", "prompt": ' + "[" * 5000 + "]" * 5000 + "}"
+
+
+def test_a_byte_order_mark_says_nothing(tmp_path: Path):
+    """At the start of a file, or where files were joined."""
+    rows = [json.dumps({"custom_id": name, "prompt": "x"}).encode() for name in ("a", "b")]
+    lines = [codecs.BOM_UTF8 + rows[0], codecs.BOM_UTF8, codecs.BOM_UTF8 + rows[1], b'{"prompt": "x"}']
+    (tmp_path / "in.jsonl").write_bytes(b"\n".join(lines))
+    found = read_input(find_files(str(tmp_path)), tmp_path)
+    assert [row.key for row in found.rows] == ["a", "b", "in.jsonl:4"]
+    assert [line.strip() for line in read_lines(found.rows)] == [*rows, lines[3]]
+
+
+@pytest.mark.parametrize(
+    "row", [DEEP, json.dumps({"body": DEEP, "url": "/v1/completions"}), '{"id": 1' + "0" * 5000 + "}"]
+)
+def test_a_row_that_nothing_can_read(row: str, tmp_path: Path):
+    """Its answer says so; the others have theirs."""
+    write(tmp_path / "in.jsonl", row, {"prompt": "x"})
+    found = read_input(find_files(str(tmp_path)), tmp_path)
+    assert [row.key for row in found.rows] == ["in.jsonl:1", "in.jsonl:2"]
+    check_rows(found, ["m"], NO_TOKENIZER)
+    with pytest.raises((ApiError, msgspec.DecodeError)) as refusal:
+        request_of(row.encode(), "m")
+    assert error_of(refusal.value).status == 400
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["id", "custom_id", "body", "url", "prompt", "model", "messages"]), inner)
+    ),
+)
+
+
+@given(st.binary() | JSON.map(lambda value: json.dumps(value).encode()) | st.text().map(str.encode))
+def test_any_row_has_an_answer(row: bytes):
+    """An error, perhaps, which can be written."""
+    key, model = _head(row)
+    for text in (key, model):
+        assert text is None or msgspec.json.encode(text)
+    try:
+        request_of(row, "m")
+    except Exception as error:
+        found = error_of(error)
+        assert (found.status, bool(msgspec.json.encode(found.detail))) == (400, True)
+
+
+def test_a_file_whose_name_is_no_text(tmp_path: Path):
+    (tmp_path / os.fsdecode(b"\xff.jsonl")).write_text('{"prompt": "x"}')
+    found = read_input(find_files(str(tmp_path)), tmp_path)
+    assert [row.key for row in found.rows] == ["\ufffd.jsonl:1"]
+    assert msgspec.json.encode(Job("m", found.hashes))
+
+
+# ---- all rows, before an engine starts
+
+NO_TOKENIZER: Any = SimpleNamespace(
+    apply_chat_template=lambda *messages: (_ for _ in ()).throw(UsageError("no chat template"))
+)
+"""As of a model without a chat template."""
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "x", "model": "gpt-4o"},
+        {"url": "/v1/completions", "body": BODY | {"model": "gpt-4o"}},
+        {"url": "/v1/completions", "body": json.dumps(BODY | {"model": "gpt-4o"})},
+        {"model": "gpt-4o"},
+    ],
+)
+def test_rows_of_another_model(row: dict[str, Any], tmp_path: Path):
+    write(tmp_path / "in.jsonl", {"prompt": "x", "model": "m"}, row, {"prompt": "x", "model": None}, row)
+    found = read_input(find_files(str(tmp_path)), tmp_path)
+    with pytest.raises(UsageError, match=r"^the row in\.jsonl:2 asks for the model 'gpt-4o', but this job's is 'm'"):
+        check_rows(found, ["m"], NO_TOKENIZER)
+    check_rows(found, ["m", "gpt-4o"], NO_TOKENIZER)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": 5}, "prompt must be a text"),
+        ({"prompt": "x", "max_token": 3}, "max_token is not supported"),
+        ({"messages": [{"role": "user", "content": "Hi"}]}, "no chat template"),
+        ("{oops", "the row is not valid JSON"),
+        (DEEP, "nested too deeply"),
+    ],
+)
+def test_not_a_single_good_row(row: object, message: str, tmp_path: Path):
+    write(tmp_path / "in.jsonl", row, row, "[]")
+    files = find_files(str(tmp_path))
+    with pytest.raises(
+        UsageError, match=r"^not one of the 3 rows can be answered; the first, in\.jsonl:1: "
+    ) as refusal:
+        check_rows(read_input(files, tmp_path), ["m"], NO_TOKENIZER)
+    assert message in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+    write(tmp_path / "in.jsonl", row, row, {"prompt": "x"})
+    check_rows(read_input(files, tmp_path), ["m"], NO_TOKENIZER)
+
+
+def test_no_rows(tmp_path: Path):
+    write(tmp_path / "in.jsonl", "", " ")
+    with pytest.raises(UsageError, match="there are no rows"):
+        check_rows(read_input(find_files(str(tmp_path)), tmp_path), ["m"], NO_TOKENIZER)
 
 
 # ---- output

@@ -56,6 +56,20 @@ def test_a_single_file(model: Path) -> None:
     assert copy.read_text() == "pickled"
 
 
+def test_parts_of_a_gguf_file(model: Path) -> None:
+    """All come with the first; nothing comes for another."""
+    names = [f"model-0000{number}-of-00003.gguf" for number in (1, 2, 3)]
+    for name in names:
+        (model / name).write_text(name)
+    copy = fetch((model / names[0]).as_uri(), PATTERNS, untracked)
+    assert copy.name == names[0]
+    assert contents(copy.parent) == {name: name.encode() for name in names}
+    url = (model / names[1]).as_uri()
+    with pytest.raises(UsageError, match=f"give {names[0]}"):
+        fetch(url, PATTERNS, untracked)
+    assert contents(folder_of(url)) == {}
+
+
 def _fetch_all(url: str) -> int:
     return (fetch(url, PATTERNS, untracked) / "weights.safetensors").stat().st_ino
 

@@ -51,7 +51,6 @@ MODEL = ModelConfig(
     num_attention_heads=1,
     num_key_value_heads=1,
     head_dim=8,
-    eos_token_ids=(EOS,),
 )
 CONFIG = EngineArgs(model="m", max_num_seqs=4, max_model_len=64, block_size=4).resolve(MODEL, "cpu")
 
@@ -108,7 +107,7 @@ class Peers:
 
     def add(self, sequence: int = 0, client: int = 0, max_tokens: int = 4) -> None:
         params = SamplingParams(max_tokens=max_tokens)
-        self.to_driver.send(AddSequence(client, NewSequence(sequence, pack_ids([1, 2, 3]), 3, params, seed=0)))
+        self.to_driver.send(AddSequence(client, NewSequence(sequence, pack_ids([1, 2, 3]), 3, params, 0, None, [EOS])))
 
     def answer(self, step: StepInput, *token_ids: int, incarnation: int = INCARNATION, device_s: float = 0.0) -> None:
         times = StepTimes(device_s=device_s)

@@ -109,6 +109,22 @@ def test_byte_by_byte(byte_level, byte_fallback):
             assert "".join(texts) + rest == tokenizer.decode(ids)
 
 
+@pytest.mark.parametrize(
+    ("text", "ids"),
+    [  # as llama.cpp and the model's own tokenizer.json have them
+        ("Steps:\n\n1. Boil", [21831, 42, 1116, 33, 30, 4499, 301]),
+        ("a  1", [81, 256, 33]),
+        ("a   12\n 3", [81, 333, 33, 34, 3805, 35]),
+        ("\t4", [197, 36]),
+        ("x\n\n\n5", [104, 16506, 37]),
+        ("It's  2026:\n\n\n 7 days", [1589, 506, 256, 34, 32, 34, 38, 42, 1116, 3805, 39, 2009]),
+        ("<|im_start|>user\n\n1<|im_end|>", [1, 4093, 1116, 33, 2]),
+    ],
+)
+def test_blanks_before_digits(byte_level, text, ids):
+    assert byte_level.encode(text) == ids
+
+
 def test_special_tokens(byte_level):
     end = byte_level.eos_token_ids[0]
     ids = [*byte_level.encode("one"), end, *byte_level.encode("two")]
