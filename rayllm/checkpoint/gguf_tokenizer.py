@@ -169,7 +169,8 @@ def _sentencepiece(metadata: Metadata, tokens: Sequence[str]) -> Tokenizer:
         for cut in range(1, len(token))
         if token[:cut] in vocabulary and token[cut:] in vocabulary
     ]
-    if merges and len(set(scores)) == 1:
+    merged = {vocabulary[first + second] for first, second in merges}
+    if len(merged) > 1 and len({scores[token_id] for token_id in merged}) == 1:
         raise metadata.error(key, "are all alike: they do not say which tokens are merged first")
     unk_token = None if unknown is None else tokens[unknown]
     model = models.BPE(vocab=vocabulary, merges=merges, unk_token=unk_token, fuse_unk=True, byte_fallback=True)

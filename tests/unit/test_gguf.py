@@ -275,6 +275,13 @@ def test_sentencepiece(
         assert backend.encode(text, add_special_tokens=False).tokens == pieces
 
 
+def test_blanks_after_special_tokens_of_phi3(tmp_path: Path) -> None:
+    """They do not count, but after three of those tokens."""
+    tokenizer = tokenizer_of(tmp_path, SENTENCEPIECE | {"general.name": "Phi-3 mini"})
+    pieces = ["<s>", "<s>", "▁▁", "lead", "</s>", "▁lead"]
+    assert tokenizer.encode("<s> lead</s> \nlead") == [tokenizer.backend.token_to_id(piece) for piece in pieces]
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.booleans(), st.text(st.sampled_from(" leadé日\n!\t\0"), max_size=20))
 def test_sentencepiece_gives_the_text_back(sentencepiece: dict[bool, Tokenizer], prefix: bool, text: str) -> None:
