@@ -57,7 +57,7 @@ def run(config: BatchConfig, pattern: str, folder: str, address: str | None = No
     start = time.monotonic()
     with JobOutput(Path(folder).absolute()) as output:
         found = read_input(files, output.spool)
-        check_rows(found, [config.name], tokenizer)
+        check_rows(found, config.served_names, tokenizer)
         output.begin(Job(config.name, found.hashes))
         rows = [row for row in found.rows if row.key not in output.done]
         if rows:
