@@ -437,7 +437,9 @@ def test_a_second_signal_ends_at_once(command, host: str, tiny_model: dict[str, 
     name = process.stdout.readline().split()[0]
     body = TINY | {"model": name, "max_tokens": 1900, "stream": True}
     with httpx.stream("POST", f"{host}/v1/completions", json=body, timeout=60) as response:
-        next(response.iter_lines())
+        assert response.status_code == 200
+        lines = response.iter_lines()  # kept: without it, the connection closes
+        next(lines)
         process.send_signal(signal.SIGINT)
         while not process.stdout.readline().startswith("Waiting for 1 request"):
             assert process.poll() is None
