@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from rayllm import __version__
 from rayllm.errors import EngineDeadError, UsageError
 from rayllm.frontend.aside import aside
 from rayllm.frontend.client import Client
+from rayllm.frontend.grammar import grammar_of
 from rayllm.frontend.output import Increment, joined
 from rayllm.frontend.tokenizer import Tokenizer
 from rayllm.sampling_params import MAX_CHOICES, SamplingParams
@@ -100,6 +102,8 @@ class Service:
             raise UsageError(
                 f"n must be at most {MAX_CHOICES} over all prompts, not {len(prompts)} times {params.n}", "n"
             )
+        if params.structured_outputs is not None:
+            await asyncio.to_thread(grammar_of, params.structured_outputs)
         for prompt in prompts:
             model.client.check(prompt, params, field)
         if self.is_draining:

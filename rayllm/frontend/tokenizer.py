@@ -8,8 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rayllm.checkpoint.gguf import converted
 from rayllm.checkpoint.sources import ModelSource
+from rayllm.checkpoint.tokenizer_files import load_hf_tokenizer
 from rayllm.config import EngineArgs
 from rayllm.errors import UsageError
 from rayllm.frontend.chat import Messages, render_chat
@@ -65,21 +65,7 @@ class Tokenizer:
     @classmethod
     def from_source(cls, path: str | Path) -> Tokenizer:
         """path: a folder with tokenizer.json, a .gguf file, or a Hub id. UsageError if there is none."""
-        if Path(path).suffix == ".gguf":
-            path = converted(path)
-            from transformers import PreTrainedTokenizerFast as Loader  # its class; to find that out imports torch
-        else:
-            from transformers import AutoTokenizer as Loader
-        try:
-            tokenizer = Loader.from_pretrained(path)
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UsageError(
-                f"no tokenizer at {str(path)!r} ({reason}): give a folder with tokenizer.json", "tokenizer"
-            ) from error
-        if not tokenizer.is_fast:
-            raise UsageError(f"the tokenizer at {str(path)!r} has no tokenizer.json, which rayllm needs", "tokenizer")
-        return cls(tokenizer)
+        return cls(load_hf_tokenizer(path))
 
     @property
     def vocab_size(self) -> int:
