@@ -76,6 +76,11 @@ def _structured_outputs(request: GenerationRequest) -> StructuredOutputs | None:
     return StructuredOutputs(json_object=True)
 
 
+def grammar_field_of(request: GenerationRequest) -> str:
+    """The field that says what the answer must be, for an error message."""
+    return "response_format" if request.structured_outputs is None else "structured_outputs"
+
+
 def prompts_of(prompt: Any) -> list[str] | list[list[int]]:
     """A request's `prompt` as a list of prompts, all texts or all token ids; raises `UsageError`."""
     if isinstance(prompt, str) or (_is_list_of(prompt, int) and prompt):

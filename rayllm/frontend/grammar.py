@@ -38,29 +38,28 @@ def _tokenizer() -> llguidance.LLTokenizer:
     return llguidance.LLTokenizer(llguidance.TokenizerWrapper(_Bytes()))
 
 
-def grammar_of(structured: StructuredOutputs) -> str:
-    """The grammar, as llguidance's text; takes milliseconds, and at once if it was asked for lately.
+def grammar_of(structured: StructuredOutputs, field: str = "structured_outputs") -> str:
+    """The grammar, as llguidance's text; takes milliseconds, and none if it was asked for lately.
 
-    Raises `UsageError` that says what is wrong with it.
+    Raises `UsageError` that says what is wrong with it, which came as `field`.
     """
-    return _compiled(msgspec.json.encode(structured))
+    encoded = msgspec.json.encode(structured)
+    if len(encoded) > MAX_BYTES:
+        raise UsageError(f"{field} must be at most {MAX_BYTES} bytes, not {len(encoded)}", field)
+    try:
+        return _compiled(encoded)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{field} cannot be served: {str(error).splitlines()[0]}", field) from None
 
 
 @lru_cache(maxsize=256)
 def _compiled(encoded: bytes) -> str:
-    if len(encoded) > MAX_BYTES:
-        raise UsageError(
-            f"structured_outputs must be at most {MAX_BYTES} bytes, not {len(encoded)}", "structured_outputs"
-        )
-    try:
-        grammar = _grammar(msgspec.json.decode(encoded, type=StructuredOutputs))
-    except (ValueError, RecursionError) as error:
-        raise _refusal(str(error)) from None
+    grammar = _grammar(msgspec.json.decode(encoded, type=StructuredOutputs))
     matcher = llguidance.LLMatcher(_tokenizer(), grammar, log_level=0)
     for _ in range(PROBED_BYTES):
         mask = matcher.compute_bitmask()
         if matcher.is_error():
-            raise _refusal(matcher.get_error())
+            raise ValueError(matcher.get_error())
         if matcher.is_stopped():
             break
         matcher.consume_token(_last_byte(mask))
@@ -84,7 +83,3 @@ def _grammar(structured: StructuredOutputs) -> str:
     if structured.choice is not None:
         return matcher.grammar_from_lark("start: " + " | ".join(map(json.dumps, structured.choice)))
     return matcher.grammar_from_lark(structured.grammar or "")
-
-
-def _refusal(reason: str) -> UsageError:
-    return UsageError(f"structured_outputs cannot be served: {reason.splitlines()[0]}", "structured_outputs")

@@ -40,8 +40,8 @@ class Sampler:
     """Samples one token for each row of logits, of which the step's lanes have one each.
 
     Order, as in vLLM: logprobs are of the raw logits; then grammars, logit_bias, min_tokens, penalties, temperature,
-    min_p, top_k, top_p. The draw is Gumbel-max with noise that depends on seed, output index and token id alone, so batch,
-    tensor-parallel degree and preemption do not matter.
+    min_p, top_k, top_p. The draw is Gumbel-max with noise that depends on seed, output index and token id alone, so
+    batch, tensor-parallel degree and preemption do not matter.
     """
 
     def __init__(self, lanes: Lanes, vocab_size: int, tp: TensorParallel):
