@@ -15,6 +15,18 @@ import pytest
 from engine_testing import TIGHT, WHOLE, pids_of, stats_of, tokens_of
 
 from rayllm import LLM, SamplingParams, UsageError
+from rayllm.checkpoint.sources import resolve_model
+from rayllm.config import EngineArgs
+from rayllm.frontend.grammar import grammar_of
+from rayllm.frontend.tokenizer import Tokenizer
+from rayllm.messages.base import pack_ids
+from rayllm.messages.step import LaneStart, StepInput
+from rayllm.models.parallel import TensorParallel
+from rayllm.runner.device import open_device
+from rayllm.runner.executor import Executor
+from rayllm.runner.loading import load_model
+from rayllm.runner.output import PendingOutput
+from rayllm.sampling_params import StructuredOutputs
 
 SCHEMA: dict[str, Any] = {
     "type": "object",
@@ -145,6 +157,39 @@ def test_what_cannot_be_served(started: START):
             llm.generate([[5]], SamplingParams(structured_outputs=wrong), use_tqdm=False)
         assert "\n" not in str(refused.value)
         assert refused.value.param == "structured_outputs"
+
+
+def test_steps_stay_in_flight(tiny_text_model: Path, smollm2: Path, monkeypatch: pytest.MonkeyPatch):
+    """Three are executed before an answer is waited for, each forward before its masks; a row that was in flight when
+    its answer ended does nothing to the lane's next sequence."""
+    source = resolve_model(str(tiny_text_model))
+    limits = {"max_model_len": 64, "max_num_seqs": 1, "max_num_batched_tokens": 64, "block_size": 8}
+    config = EngineArgs.of(model="any", tokenizer=str(smollm2), **limits).resolve(source.config, "cpu")
+    executor = Executor(load_model(config, source, TensorParallel(), open_device("cpu", [], 1)), [16])
+    done = []
+    forward, masks = executor.forward, executor._grammars.masks  # type: ignore[union-attr]
+    monkeypatch.setattr(executor, "forward", lambda *args: done.append("forward") or forward(*args))
+    monkeypatch.setattr(executor._grammars, "masks", lambda *args: done.append("masks") or masks(*args))
+
+    def start(grammar: dict[str, Any], block: int) -> LaneStart:
+        text = grammar_of(StructuredOutputs(**grammar))
+        return LaneStart(0, pack_ids([5, 6, 7]), 3, [[block]], SamplingParams(), 0, [], None, text)
+
+    def step(number: int, position: int, starts: list[LaneStart]) -> PendingOutput:
+        size = 3 if starts else 1
+        rows = pack_ids([0, position, size, 1, position, position + size])
+        return executor.execute(StepInput(0, number, starts, [], rows, 0 if starts else 1))
+
+    flying = [
+        step(1, 0, [start({"regex": "[a-z]"}, 0)]),
+        step(2, 3, []),
+        step(3, 0, [start({"choice": ["0", "1"]}, 1)]),
+    ]
+    assert done == ["forward", "masks"] * 3
+    first, late, second = (pending.wait() for pending in flying)
+    assert (first.ends, late.ends, second.ends) == ({0: "stop"}, {}, {0: "stop"})
+    texts = [Tokenizer.from_source(smollm2).decode(output.token_ids) for output in (first, second)]
+    assert re.fullmatch("[a-z]", texts[0]) and texts[1] in ("0", "1")
 
 
 @pytest.mark.slow
