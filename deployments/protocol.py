@@ -45,6 +45,29 @@ class StreamOptions(Body):
     """Nothing is obfuscated, whatever it says."""
 
 
+class TextFormat(Body, tag_field="type", tag="text"):
+    """Any text."""
+
+
+class JsonObjectFormat(Body, tag_field="type", tag="json_object"):
+    """Any JSON object."""
+
+
+class JsonSchema(Body):
+    """A schema by OpenAI's fields; answers keep to it, whether it is strict or not."""
+
+    name: str
+    schema: dict[str, Any] | None = None
+    strict: bool | None = None
+    description: str | None = None
+
+
+class JsonSchemaFormat(Body, tag_field="type", tag="json_schema"):
+    """JSON that keeps to a schema."""
+
+    json_schema: JsonSchema
+
+
 class GenerationRequest(Body, kw_only=True):
     """What both kinds of completion take. A field that is null is as if it were absent."""
 
@@ -77,6 +100,9 @@ class GenerationRequest(Body, kw_only=True):
     stop_token_ids: Annotated[list[sampling.TokenId], Meta(max_length=MAX_STOPS)] | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
+    response_format: TextFormat | JsonObjectFormat | JsonSchemaFormat | None = None
+    structured_outputs: sampling.StructuredOutputs | None = None
+    """What the answer must be, if `response_format` does not say it."""
     snapkv_limit: sampling.SnapkvLimit | None = None
     """Prompt tokens that keep their KV, where the model is served with SnapKV; "all": nothing is pruned."""
     cache_salt: Annotated[str, Meta(min_length=1, max_length=MAX_CHARS)] | None = None
@@ -182,10 +208,6 @@ class ToolMessage(Message, kw_only=True, tag="tool"):
 ChatMessage = SystemMessage | DeveloperMessage | UserMessage | AssistantMessage | ToolMessage
 
 
-class TextFormat(Body, tag_field="type", tag="text"):
-    """Any text."""
-
-
 NoList = Annotated[list[Any], Meta(max_length=0)]
 
 
@@ -201,7 +223,6 @@ class ChatRequest(GenerationRequest, kw_only=True):
     functions: NoList | None = None
     tool_choice: Literal["none", "auto"] | None = None
     function_call: Literal["none", "auto"] | None = None
-    response_format: TextFormat | None = None
     modalities: list[Literal["text"]] | None = None
     max_completion_tokens: sampling.MaxTokens | None = None
     logprobs: bool | None = None
@@ -214,7 +235,6 @@ NOTHING = {
     "functions": "[]",
     "tool_choice": "'none' or 'auto'",
     "function_call": "'none' or 'auto'",
-    "response_format": "{'type': 'text'}",
     "modalities": "['text']",
     "suffix": "''",
 }

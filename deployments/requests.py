@@ -17,11 +17,13 @@ from deployments.protocol import (
     CompletionRequest,
     Content,
     GenerationRequest,
+    JsonSchemaFormat,
+    TextFormat,
 )
 from rayllm.errors import UsageError
 from rayllm.frontend.client import Client
 from rayllm.frontend.tokenizer import Tokenizer
-from rayllm.sampling_params import SamplingParams
+from rayllm.sampling_params import SamplingParams, StructuredOutputs
 
 SAME_FIELDS = [
     *("n", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"),
@@ -37,6 +39,8 @@ TEMPLATE_SWITCHES = ("continue_final_message", "add_generation_prompt")
 def params_of(request: GenerationRequest, client: Client) -> SamplingParams:
     """The sampling parameters of a request; raises `UsageError` for what no single field's type can tell."""
     given = {name: value for name in SAME_FIELDS if (value := getattr(request, name)) is not None}
+    if (structured := _structured_outputs(request)) is not None:
+        given["structured_outputs"] = structured
     if request.stream_options is not None and not request.stream:
         raise UsageError("stream_options must be left out unless stream is true", "stream_options")
     if isinstance(request, CompletionRequest):
@@ -59,6 +63,22 @@ def params_of(request: GenerationRequest, client: Client) -> SamplingParams:
     given["max_tokens"] = limits.pop() if limits else None
     given["logprobs"] = (request.top_logprobs or 0) if request.logprobs else None
     return client.sampling_params(given)
+
+
+def _structured_outputs(request: GenerationRequest) -> StructuredOutputs | None:
+    wanted = request.response_format
+    if wanted is None or isinstance(wanted, TextFormat):
+        return request.structured_outputs
+    if request.structured_outputs is not None:
+        raise UsageError("response_format and structured_outputs say the same: give one", "response_format")
+    if isinstance(wanted, JsonSchemaFormat) and wanted.json_schema.schema is not None:
+        return StructuredOutputs(json=wanted.json_schema.schema)
+    return StructuredOutputs(json_object=True)
+
+
+def grammar_field_of(request: GenerationRequest) -> str:
+    """The field that says what the answer must be, for an error message."""
+    return "response_format" if request.structured_outputs is None else "structured_outputs"
 
 
 def prompts_of(prompt: Any) -> list[str] | list[list[int]]:

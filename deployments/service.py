@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -26,11 +27,12 @@ from deployments.completions import ChatWriter, CompletionWriter, Writer, withou
 from deployments.http import ApiError, Endpoint, Events
 from deployments.metrics import RequestTimer, ServiceMetrics
 from deployments.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, GenerationRequest, TokenizeRequest
-from deployments.requests import chat_prompt, chat_size, chat_text, encode_prompts, params_of, size_of
+from deployments.requests import chat_prompt, chat_size, chat_text, encode_prompts, grammar_field_of, params_of, size_of
 from rayllm import __version__
 from rayllm.errors import EngineDeadError, UsageError
 from rayllm.frontend.aside import aside
 from rayllm.frontend.client import Client
+from rayllm.frontend.grammar import grammar_of
 from rayllm.frontend.output import Increment, joined
 from rayllm.frontend.tokenizer import Tokenizer
 from rayllm.sampling_params import MAX_CHOICES, SamplingParams
@@ -93,8 +95,10 @@ class Service:
         params: SamplingParams,
         cache_salt: str | None = None,
         field: str = "prompt",
+        grammar_field: str = "structured_outputs",
     ) -> AsyncGenerator[Increment]:
-        """`Client.answer`, refused while there is no engine, and measured; `field`: what brought the prompts.
+        """`Client.answer`, refused while there is no engine, and measured; `field`: what brought the prompts,
+        `grammar_field`: what brought `params.structured_outputs`.
 
         Raises `UsageError` for prompts that cannot be served with `params`, `QueueFullError` when too much waits for
         the engine, and `EngineDeadError` when there is none, or none any more.
@@ -103,6 +107,8 @@ class Service:
             raise UsageError(
                 f"n must be at most {MAX_CHOICES} over all prompts, not {len(prompts)} times {params.n}", "n"
             )
+        if params.structured_outputs is not None:
+            await asyncio.to_thread(grammar_of, params.structured_outputs, grammar_field)
         for prompt in prompts:
             model.client.check(prompt, params, field)
         if self.is_draining:
@@ -132,7 +138,8 @@ class Service:
         size = chat_size(body.messages)
         prompts = [await aside(size, chat_prompt, body, model.client, model.tokenizer)]
         writer = ChatWriter(body, body.model or model.name, prompts, model.tokenizer, request_id)
-        return await _complete(self.generate(model, prompts, params, body.cache_salt, "messages"), body, writer)
+        increments = self.generate(model, prompts, params, body.cache_salt, "messages", grammar_field_of(body))
+        return await _complete(increments, body, writer)
 
     async def complete(self, request_id: str, body: CompletionRequest) -> Completion | Events:
         """Continues prompts.
@@ -144,7 +151,7 @@ class Service:
         params = params_of(body, model.client)
         prompts = await aside(size_of(body.prompt), encode_prompts, body.prompt, model.client)
         writer = CompletionWriter(body, body.model or model.name, prompts, model.tokenizer, request_id)
-        increments = self.generate(model, prompts, params, body.cache_salt)
+        increments = self.generate(model, prompts, params, body.cache_salt, grammar_field=grammar_field_of(body))
         return await _complete(without_output(increments) if body.max_tokens == 0 else increments, body, writer)
 
     # ---- the rest

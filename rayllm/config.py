@@ -164,6 +164,8 @@ class EngineConfig:
 
     device: DeviceName
     dtype: str
+    tokenizer: str | None
+    """None: the model's own."""
     tensor_parallel_size: int
     max_model_len: int
     max_num_seqs: int

@@ -37,6 +37,25 @@ NumLogprobs = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
 SnapkvLimit = Annotated[int, Meta(ge=1, le=MAX_INT)] | Literal["all"]
 
 
+class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+    """What an answer must be: exactly one of the fields, by vLLM's names."""
+
+    json: dict[str, Any] | str | None = None
+    """A JSON schema, or its text."""
+    json_object: Literal[True] | None = None
+    """Any JSON object."""
+    regex: str | None = None
+    choice: Annotated[list[StopString], Meta(min_length=1)] | None = None
+    """One of these texts."""
+    grammar: str | None = None
+    """In Lark's language, as llguidance reads it."""
+
+    def __post_init__(self) -> None:
+        given = msgspec.structs.asdict(self)
+        if sum(value is not None for value in given.values()) != 1:
+            raise UsageError(f"structured_outputs must have exactly one of {', '.join(given)}", "structured_outputs")
+
+
 class _Named(msgspec.StructMeta):
     """A class whose fields are known by name: others are refused with the nearest, where Python raises a TypeError."""
 
@@ -89,10 +108,14 @@ class SamplingParams(msgspec.Struct, metaclass=_Named, frozen=True, kw_only=True
     """Log-probabilities of the prompt's tokens but the first, likewise; such a request takes no prefix-cache hits."""
     skip_special_tokens: bool = True
     """Whether special tokens are left out of the text."""
+    structured_outputs: StructuredOutputs | None = None
+    """What the output must be; a dict of one field will do. It ends where that ends, whatever the other fields say."""
     snapkv_limit: SnapkvLimit | None = None
     """Tokens of the prompt that keep their KV, where the engine prunes, or "all". Without it, the engine's limit."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.structured_outputs, dict):
+            msgspec.structs.force_setattr(self, "structured_outputs", _structured(self.structured_outputs))
         try:
             msgspec.convert(msgspec.structs.asdict(self), _Values)
         except msgspec.ValidationError:
@@ -125,6 +148,14 @@ class SamplingParams(msgspec.Struct, metaclass=_Named, frozen=True, kw_only=True
         if self.stop is None:
             return []
         return [self.stop] if isinstance(self.stop, str) else list(self.stop)
+
+
+def _structured(given: dict[str, Any]) -> StructuredOutputs:
+    try:
+        return msgspec.convert(given, StructuredOutputs)
+    except msgspec.ValidationError as error:
+        reason = str(error).removeprefix("structured_outputs ")
+        raise UsageError(f"structured_outputs: {reason}", "structured_outputs") from None
 
 
 _HINTS: dict[str, Any] = get_type_hints(SamplingParams, include_extras=True)

@@ -300,6 +300,7 @@ class Driver:
             seed=new.seed,
             max_tokens=min(params.max_tokens or room, room),
             stop_token_ids=frozenset((*params.stop_token_ids, *eos_token_ids)),
+            grammar=new.grammar,
             cache_salt=new.cache_salt,
         )
 

@@ -15,6 +15,7 @@ import ray
 
 from rayllm.config import EngineConfig
 from rayllm.errors import ContextLengthError, EngineDeadError, UsageError
+from rayllm.frontend.grammar import grammar_of
 from rayllm.frontend.output import Choice, Increment
 from rayllm.frontend.tokenizer import Tokenizer
 from rayllm.messages.base import pack_ids
@@ -144,6 +145,10 @@ class Client:
                 raise UsageError(f"token ids in {name} must be 0 to {self.vocab_size - 1}", name)
         if params.snapkv_limit is not None:
             self._check_snapkv_limit(params.snapkv_limit)
+        if params.structured_outputs is not None:
+            if self.tokenizer is None:
+                raise UsageError("structured_outputs need a tokenizer, but there is none", "structured_outputs")
+            grammar_of(params.structured_outputs)
         if params.stop_strings and self.tokenizer is None:
             raise UsageError("stop strings need the tokenizer, which skip_tokenizer_init left out", "stop")
 
@@ -243,6 +248,7 @@ class Client:
             num_prompt_tokens=len(choice.prompt_token_ids),
             params=choice.params,
             seed=choice.seed,
+            grammar=grammar_of(structured) if (structured := choice.params.structured_outputs) else None,
             cache_salt=cache_salt,
             eos_token_ids=self._eos_token_ids,
         )

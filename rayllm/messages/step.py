@@ -49,6 +49,8 @@ class LaneStart(msgspec.Struct, frozen=True, array_like=True):
     """Tokens that are not sampled before `params.min_tokens` output tokens."""
     prompt_logprobs: int | None
     """How many to report for each prompt token of this prefill; None: none."""
+    grammar: str | None = None
+    """What the output must be, in llguidance's text."""
 
 
 class NewBlock(msgspec.Struct, frozen=True, array_like=True):
@@ -129,6 +131,8 @@ class StepOutput(Message, frozen=True, array_like=True):
     """What is said of the tokens of sequences that asked, by index into `token_ids`."""
     prompt_logprobs: list[PromptLogprobs] = msgspec.field(default_factory=list)
     times: StepTimes = StepTimes()
+    ends: dict[int, str] = msgspec.field(default_factory=dict)
+    """Why sequences end whose grammar does with this token, by index into `token_ids`: stop, or length."""
 
 
 class ShardFailed(Message, frozen=True, array_like=True):

@@ -14,6 +14,7 @@ from rayllm.runner import kv_cache
 from rayllm.runner.attention import AttentionByLayer, FullAttention
 from rayllm.runner.cuda_graphs import ModelOutput, StepGraphs, graph_shapes
 from rayllm.runner.device import DTYPES, Stopwatch
+from rayllm.runner.grammars import Grammars
 from rayllm.runner.lanes import Lanes
 from rayllm.runner.loading import LoadedModel
 from rayllm.runner.model_input import ModelInput, Rows, Shape, pack, unpack
@@ -49,6 +50,7 @@ class Executor:
         """One for each KV group."""
         self.lanes = Lanes(config.max_num_seqs, config.max_model_len, config.block_size, num_blocks, loaded.device)
         self.sampler = Sampler(self.lanes, loaded.model_config.vocab_size, loaded.tp)
+        self._grammars = Grammars(loaded.tokenizer_path, loaded.model_config) if loaded.tp.rank == 0 else None
         self.pruner = Pruner(policy, self.attentions, self.lanes) if policy else None
         captures = capture and loaded.device.is_cuda and not config.enforce_eager
         self._graphs = StepGraphs(self.forward, self.lanes, self.graph_shapes if captures else [], track)
@@ -78,6 +80,8 @@ class Executor:
         device = self.loaded.device
         began, on_device, pruning = time.perf_counter(), Stopwatch(device), Stopwatch(device)
         self.lanes.apply(step)
+        if self._grammars is not None:
+            self._grammars.start(step.starts)
         rows = Rows.of(step, len(self.attentions))
         own = Shape.of(rows)
         shape = self._graphs.find(own)
@@ -94,13 +98,20 @@ class Executor:
             pruning.stop()
         token_ids, logprobs = output.token_ids[: own.num_samples], None
         lanes = rows.sample_lanes
+        grammars = self._grammars.of(lanes) if self._grammars else []
         if not self.sampler.is_plain(lanes):
             logits = output.logits[: own.num_samples]
-            token_ids, logprobs = self.sampler.draw_processed(logits, lanes, rows.sample_positions)
+            masks = self._grammars.masks(grammars, own.num_samples) if self._grammars and grammars else None
+            token_ids, logprobs = self.sampler.draw_processed(logits, lanes, rows.sample_positions, masks)
         prompts = self._prompt_logprobs(rows, output.hidden)
         on_device.stop()
         clocks = StepClocks(time.perf_counter() - began, on_device, pruning)
-        return PendingOutput(device, step, token_ids, logprobs, self.lanes.logprobs[lanes], prompts, clocks)
+        pending = PendingOutput(
+            device, step, token_ids, logprobs, self.lanes.logprobs[lanes], prompts, grammars, clocks
+        )
+        if self._grammars and grammars:
+            self._grammars.await_tokens(pending.sampled)
+        return pending
 
     def forward(self, inputs: ModelInput, logits_out: torch.Tensor | None = None) -> ModelOutput:
         """The whole of a step's computation but for pruning, as a CUDA graph captures it."""

@@ -41,6 +41,8 @@ class Lanes:
         """top_k, top_p or min_p is used."""
         self.is_penalized = np.zeros(rows, bool)
         self.is_biased = np.zeros(rows, bool)
+        self.is_constrained = np.zeros(rows, bool)
+        """A grammar says what may come."""
 
         def on_device(*shape: int, dtype: torch.dtype, fill: float = 0) -> torch.Tensor:
             return torch.full(shape, fill, dtype=dtype, device=device.torch_device)
@@ -83,6 +85,7 @@ class Lanes:
         self.is_penalized[lanes] = [
             p.repetition_penalty != 1 or p.presence_penalty != 0 or p.frequency_penalty != 0 for p in params
         ]
+        self.is_constrained[lanes] = [start.grammar is not None for start in starts]
         self.is_biased[lanes] = [bool(p.logit_bias or s.banned_token_ids) for p, s in zip(params, starts, strict=True)]
 
         put = self.device.put

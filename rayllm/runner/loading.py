@@ -26,6 +26,8 @@ class LoadedModel:
     model_config: ModelConfig
     tp: TensorParallel
     device: Device
+    tokenizer_path: str | None
+    """Where its tokenizer is, if it has one."""
     bytes_read: int
     """How much of the checkpoint this rank has read."""
 
@@ -44,7 +46,8 @@ def load_model(
     threading.Thread(target=import_attention, daemon=True).start()
     bytes_read = load_weights(model, source, tp, track)
     model.pack()
-    return LoadedModel(model, config, source.config, tp, device, bytes_read)
+    tokenizer_path = config.tokenizer or source.tokenizer_path
+    return LoadedModel(model, config, source.config, tp, device, tokenizer_path, bytes_read)
 
 
 def attention_backend(config: EngineConfig, model_config: ModelConfig) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 
 from rayllm.messages.step import Logprobs, PromptLogprobs, StepInput, StepOutput, StepTimes
 from rayllm.runner.device import Device, HostCopies, Stopwatch
+from rayllm.runner.grammars import LaneGrammar, SampledTokens
 from rayllm.runner.sampler import LogprobTensors
 
 
@@ -41,6 +43,7 @@ class PendingOutput:
         logprobs: LogprobTensors | None,
         wanted: np.ndarray,
         prompts: list[PromptPart],
+        grammars: Sequence[tuple[int, LaneGrammar]],
         clocks: StepClocks,
     ):
         """token_ids: [S] int64. `wanted` [S]: how many logprobs each sampled token's lane asked for, -1 for none."""
@@ -52,6 +55,7 @@ class PendingOutput:
         self._logprobs = None if logprobs is None else logprobs.copied(self._copies)
         self._prompts = [PromptPart(part.row, part.start, part.logprobs.copied(self._copies)) for part in prompts]
         self._copies.record()
+        self.sampled = SampledTokens(self._copies, self._token_ids, grammars)
 
     def wait(self) -> StepOutput:
         """Blocks until the tokens are there. May be called on another thread than the one that executes."""
@@ -60,7 +64,7 @@ class PendingOutput:
         if self._logprobs is not None:
             entries = zip(self._logprobs.entries(), self._wanted, strict=True)
             logprobs = {i: _cut(entry, wanted) for i, (entry, wanted) in enumerate(entries) if wanted >= 0}
-        clocks = self._clocks
+        clocks, ends = self._clocks, self.sampled.ends()
         return StepOutput(
             incarnation=self._step.incarnation,
             step_id=self._step.step_id,
@@ -68,6 +72,7 @@ class PendingOutput:
             logprobs=logprobs,
             prompt_logprobs=[PromptLogprobs(part.row, part.start, part.logprobs.entries()) for part in self._prompts],
             times=StepTimes(clocks.launch_s, clocks.on_device.seconds(), clocks.pruning.seconds()),
+            ends=ends,
         )
 
 

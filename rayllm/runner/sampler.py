@@ -11,6 +11,7 @@ from rayllm_kernels import filter_logits, sample_gumbel
 from rayllm.messages.step import Logprobs
 from rayllm.models.parallel import TensorParallel
 from rayllm.runner.device import HostCopies
+from rayllm.runner.grammars import masked
 from rayllm.runner.lanes import Lanes
 
 
@@ -38,9 +39,9 @@ class LogprobTensors:
 class Sampler:
     """Samples one token for each row of logits, of which the step's lanes have one each.
 
-    Order, as in vLLM: logprobs are of the raw logits; then logit_bias and min_tokens, penalties, temperature, min_p,
-    top_k, top_p. The draw is Gumbel-max with noise that depends on seed, output index and token id alone, so batch,
-    tensor-parallel degree and preemption do not matter.
+    Order, as in vLLM: logprobs are of the raw logits; then grammars, logit_bias, min_tokens, penalties, temperature,
+    min_p, top_k, top_p. The draw is Gumbel-max with noise that depends on seed, output index and token id alone, so
+    batch, tensor-parallel degree and preemption do not matter.
     """
 
     def __init__(self, lanes: Lanes, vocab_size: int, tp: TensorParallel):
@@ -52,6 +53,7 @@ class Sampler:
         """Whether temperature and seed are all that these lanes ask for: then `draw` is enough."""
         state = self.lanes
         special = state.is_filtered[host_lanes] | state.is_penalized[host_lanes] | state.is_biased[host_lanes]
+        special |= state.is_constrained[host_lanes]
         return not special.any() and state.logprobs[host_lanes].max(initial=-1) < 0
 
     def draw(self, logits: torch.Tensor, lanes: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -75,14 +77,17 @@ class Sampler:
         return ids
 
     def draw_processed(
-        self, logits: torch.Tensor, host_lanes: np.ndarray, host_positions: np.ndarray
+        self, logits: torch.Tensor, host_lanes: np.ndarray, host_positions: np.ndarray, masks: np.ndarray | None
     ) -> tuple[torch.Tensor, LogprobTensors | None]:
-        """As `draw`, with all that the lanes ask for; lanes and positions are on the host. Gathers the whole logits."""
+        """As `draw`, with all that the lanes ask for; lanes and positions are on the host. Gathers the whole logits.
+
+        `masks`: on rank 0, whose draw counts, what grammars allow, as `Grammars.masks` gives it; None: everything.
+        """
         state = self.lanes
         lanes, positions = state.device.put(np.stack((host_lanes, host_positions)).astype(np.int64))
         index, temperature = positions - state.prompt_lens[lanes], state.temperature[lanes]
         raw = self.tp.all_gather(logits)[:, : self.vocab_size].float()
-        processed = raw
+        processed = raw if masks is None else masked(raw, state.device.put(masks))
         if state.is_biased[host_lanes].any():
             processed = self._add_biases(processed, lanes, index)
         if state.is_penalized[host_lanes].any():

@@ -297,18 +297,22 @@ class Scheduler:
             seq.num_pending -= 1
             if seq.status is SequenceStatus.FINISHED:  # it ended, or was aborted, while this row was computed
                 continue
-            updates.append((seq.client_id, self._append(seq, token_id, output.logprobs.get(i))))
+            updates.append((seq.client_id, self._append(seq, token_id, output.logprobs.get(i), output.ends.get(i))))
         self.num_output_tokens += len(updates)
         return updates
 
-    def _append(self, seq: Sequence, token_id: int, logprobs: Logprobs | None) -> SequenceUpdate:
+    def _append(
+        self, seq: Sequence, token_id: int, logprobs: Logprobs | None, grammar_end: str | None
+    ) -> SequenceUpdate:
         seq.token_ids.append(token_id)
         num_tokens = len(seq.token_ids)
         if not num_tokens % self.block_size and seq.status is SequenceStatus.RUNNING:
             self._commit(seq)
         num_output_tokens = num_tokens - seq.num_prompt_tokens
         stopped = token_id in seq.stop_token_ids and num_output_tokens >= seq.params.min_tokens
-        finish_reason = "stop" if stopped else "length" if num_output_tokens >= seq.max_tokens else None
+        finish_reason = "stop" if stopped else grammar_end
+        if finish_reason is None and num_output_tokens >= seq.max_tokens:
+            finish_reason = "length"
         if finish_reason:
             self._finish(seq)
         prompt_logprobs: list[Logprobs] = []
@@ -362,4 +366,5 @@ def _lane_start(seq: Sequence) -> LaneStart:
         seed=seq.seed,
         banned_token_ids=sorted(seq.stop_token_ids) if seq.params.min_tokens else [],
         prompt_logprobs=seq.params.prompt_logprobs if seq.wants_prompt_logprobs else None,
+        grammar=seq.grammar,
     )

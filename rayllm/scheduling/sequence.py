@@ -66,6 +66,8 @@ class Sequence:
     """`params.max_tokens`, cut at the end of the context."""
     stop_token_ids: frozenset[int]
     """Tokens that end the sequence, the end-of-sequence tokens among them unless ignored."""
+    grammar: str | None = None
+    """What the output must be, in llguidance's text."""
     cache_salt: str | None = None
     status: SequenceStatus = SequenceStatus.WAITING
     lane: int = -1

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
+import re
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
@@ -207,3 +209,47 @@ def test_the_kernel_compiled_ahead_is_the_one_that_is_used(
         generate(model_folder, prompts, dtype="bfloat16", **limits)
     assert len(list(tmp_path.glob("rayllm-*-bfloat16-8-4-128-*"))) == 1
     assert len(list(tmp_path.glob("*/fwd/*.o"))) == 1
+
+
+@pytest.fixture(scope="module")
+def byte_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A vocabulary of bytes; the model's other tokens have no text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({letter: number for number, letter in enumerate(letters)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    folder = tmp_path_factory.mktemp("bytes")
+    PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(("tensor_parallel_size", "enforce_eager"), [(1, False), (1, True), (2, False)])
+def test_structured_answers(
+    model_folder: str, byte_tokenizer: str, tensor_parallel_size: int, enforce_eager: bool
+) -> None:
+    """They keep to their grammars beside free ones, and are those that each gives alone."""
+    if tensor_parallel_size > torch.cuda.device_count():
+        pytest.skip("not enough GPUs")
+    grammars: list[dict[str, object]] = [
+        {"regex": "[a-c]{20}-[0-9]{9}"},
+        {"json": {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}},
+        {"choice": ["red", "green"]},
+    ]
+    params = [
+        SamplingParams(structured_outputs=None if i % 4 == 3 else grammars[i % 4], seed=i, max_tokens=60)  # type: ignore[arg-type]
+        for i in range(64)
+    ]
+    arguments = {"tensor_parallel_size": tensor_parallel_size, "enforce_eager": enforce_eager, "dtype": "float32"}
+    arguments["kv_cache_memory_bytes"] = 2 << 30
+    with LLM(model_folder, tokenizer=byte_tokenizer, max_model_len=512, progress=False, **arguments) as llm:  # type: ignore[arg-type]
+        answers = llm.generate([[i + 1, 5] for i in range(64)], params, use_tqdm=False)
+        alone = [llm.generate([[i + 1, 5]], params[i], use_tqdm=False)[0] for i in range(8)]
+    assert [one["token_ids"] for one in alone] == [answer["token_ids"] for answer in answers[:8]]
+    assert all(re.fullmatch("[a-c]{20}-[0-9]{9}", answer["text"]) for answer in answers[::4])
+    assert all(answer["text"] in ("red", "green") for answer in answers[2::4])
+    for answer in answers[1::4]:
+        assert answer["finish_reason"] == "length" or isinstance(json.loads(answer["text"])["n"], int)
+    assert {len(answer["token_ids"]) for answer in answers[3::4]} == {60}
