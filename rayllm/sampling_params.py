@@ -154,8 +154,10 @@ def _structured(given: dict[str, Any]) -> StructuredOutputs:
     try:
         return msgspec.convert(given, StructuredOutputs)
     except msgspec.ValidationError as error:
-        reason = str(error).removeprefix("structured_outputs ")
-        raise UsageError(f"structured_outputs: {reason}", "structured_outputs") from None
+        message = str(error)
+        if not message.startswith("structured_outputs"):
+            message = f"structured_outputs: {message}"
+        raise UsageError(message, "structured_outputs") from None
 
 
 _HINTS: dict[str, Any] = get_type_hints(SamplingParams, include_extras=True)
@@ -184,6 +186,8 @@ def _words(kind: inspect.Type) -> str:
             return " or ".join(map(repr, kind.values))
         case inspect.ListType():
             return f"a list, each item {_words(kind.item_type)}"
+        case inspect.StructType():
+            return f"a map of one of {', '.join(field.name for field in kind.fields)}"
         case inspect.DictType():
             return f"a map, each key {_words(kind.key_type)}, each value {_words(kind.value_type)}"
     return "None"

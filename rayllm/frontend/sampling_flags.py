@@ -12,7 +12,7 @@ from contextlib import suppress
 from typing import Any, get_type_hints
 
 import msgspec
-from msgspec.inspect import BoolType, DictType, FloatType, IntType, ListType, Type, UnionType, type_info
+from msgspec.inspect import BoolType, DictType, FloatType, IntType, ListType, StructType, Type, UnionType, type_info
 
 from rayllm.command_line import add_flag
 from rayllm.config import EngineArgs
@@ -20,7 +20,7 @@ from rayllm.sampling_params import SamplingParams
 
 DEFAULTS = {"temperature": 0.0, "max_tokens": 256}
 """Where they differ at a terminal."""
-METAVARS: dict[type[Type], str] = {IntType: "INT", FloatType: "FLOAT", DictType: "JSON"}
+METAVARS: dict[type[Type], str] = {IntType: "INT", FloatType: "FLOAT", DictType: "JSON", StructType: "JSON"}
 
 
 def add_sampling_arguments(group: argparse._ArgumentGroup) -> None:

@@ -38,12 +38,12 @@ class NewSequence(msgspec.Struct, frozen=True, array_like=True):
     num_prompt_tokens: int
     params: SamplingParams
     seed: int
-    grammar: str | None = None
-    """What the output must be, in llguidance's text."""
     cache_salt: str | None = None
     """Sequences share cached blocks only with those of the same salt."""
     eos_token_ids: list[int] = []
     """What ends it beside the params' `stop_token_ids`, unless they ignore it."""
+    grammar: str | None = None
+    """What the output must be, in llguidance's text."""
 
 
 class AddSequence(Message, frozen=True, array_like=True):

@@ -19,7 +19,7 @@ import torch
 
 from rayllm.checkpoint.tokenizer import read_tokenizer
 from rayllm.messages.step import LaneStart
-from rayllm.model_config import ModelConfig
+from rayllm.model_config import ModelConfig, known_ids
 from rayllm.runner.device import HostCopies
 
 logger = logging.getLogger("rayllm")
@@ -126,8 +126,10 @@ class Grammars:
 
 
 def _read_tokenizer(path: str, model: ModelConfig) -> llguidance.LLTokenizer:
-    text = read_tokenizer(path).backend_tokenizer.to_str()
-    return llguidance.LLTokenizer(text, n_vocab=model.vocab_size, eos_token=list(model.eos_token_ids) or None)
+    tokenizer = read_tokenizer(path)
+    ends = dict.fromkeys(model.eos_token_ids + known_ids(tokenizer.eos_token_id, model.vocab_size, path))
+    text = tokenizer.backend_tokenizer.to_str()
+    return llguidance.LLTokenizer(text, n_vocab=model.vocab_size, eos_token=list(ends) or None)
 
 
 def masked(logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:

@@ -217,7 +217,8 @@ class Engine:
         self.expected: dict[tuple[int, int], tuple[list[int], str]] = {}
         self.updates: dict[tuple[int, int], list[SequenceUpdate]] = {}
         self.aborted: set[tuple[int, int]] = set()
-        self.num_cached: dict[int, int] = {}
+        self.num_cached: dict[int, int | None] = {}
+        """Where the first row of each seed began; None if it had none in the step that started it."""
         """Tokens that were there already at the first admission, by seed."""
         self.num_steps = 0
         self.depth = 0
@@ -291,8 +292,8 @@ class Engine:
         assert len(self.scheduler.running) <= self.config.max_num_seqs
         assert all(0 <= seq.lane < self.config.max_num_seqs for seq in self.scheduler.running)
         firsts = {row.lane: row.position for row in rows}
-        for start in step.starts:
-            self.num_cached.setdefault(start.seed, firsts[start.lane])
+        for start in step.starts:  # a window that does not fit into this step has no row in it
+            self.num_cached.setdefault(start.seed, firsts.get(start.lane))
 
         step = msgspec.msgpack.decode(msgspec.msgpack.encode(step), type=StepInput)
         self.answers.append(msgspec.msgpack.encode(self.shards.execute(step)))
@@ -315,7 +316,7 @@ class Engine:
         assert update.token_ids == [tokens[index]]
         assert update.finish_reason == (reason if is_last else None)
         assert update.stop_token_id == (tokens[-1] if is_last and reason == "stop" else None)
-        assert update.num_cached_tokens == self.num_cached[seq.seed]
+        assert self.num_cached[seq.seed] in (None, update.num_cached_tokens)
         all_tokens, wanted = (*seq.token_ids[: seq.num_prompt_tokens], *tokens), seq.params.prompt_logprobs
         if seq.params.logprobs is not None:
             position = seq.num_prompt_tokens + index

@@ -105,7 +105,12 @@ def test_what_is_given_stays():
         "placement_timeout_s": 4.0,
     }
     config = resolve("cpu", **given)
-    assert dataclasses.asdict(config) == given | {"device": "cpu", "min_snapkv_limit": 20, "sampling_defaults": ()}
+    assert dataclasses.asdict(config) == given | {
+        "device": "cpu",
+        "tokenizer": None,
+        "min_snapkv_limit": 20,
+        "sampling_defaults": (),
+    }
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "logprobs": st.none() | st.integers(0, 64),
     "prompt_logprobs": st.none() | st.integers(0, 64),
     "skip_special_tokens": st.booleans(),
+    "structured_outputs": st.none() | st.fixed_dictionaries({"choice": st.lists(st.text(min_size=1), min_size=1)}),
     "snapkv_limit": st.none() | st.just("all") | st.integers(1, 2**63 - 1),
 }
 RENAMED = {"seed": "request-seed", "snapkv_limit": "request-snapkv-limit"}
@@ -99,6 +100,8 @@ def test_help_is_sentences():
         (["--logit-bias", '{"a": 1}'], "logit_bias must be a map"),
         (["--stop-token-ids", "1", "--stop-token-ids", "x"], "stop_token_ids must be a list"),
         (["--stop", ""], "stop must be a non-empty text"),
+        (["--structured-outputs", "x"], "structured_outputs must be a map of one of json, json_object, regex"),
+        (["--structured-outputs", "{}"], "structured_outputs must have exactly one of"),
         (["--request-seed", "x"], "seed must be an integer"),
         (["--min-tokens", "300"], "min_tokens must be at most max_tokens"),
     ],
