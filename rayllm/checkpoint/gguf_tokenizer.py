@@ -83,7 +83,11 @@ def write_tokenizer(metadata: Metadata, folder: Path, num_embeddings: int | None
         ],
     )
     backend.save(str(folder / "tokenizer.json"))
-    config = {f"{name}_token": tokens[token_id] for name, token_id in ends.items() if token_id is not None}
+    named = ends | {
+        "unk": _token_id(metadata, "unknown", num_tokens, defaults.get("unknown")),
+        "pad": _token_id(metadata, "padding", num_tokens, None),
+    }
+    config = {f"{name}_token": tokens[token_id] for name, token_id in named.items() if token_id is not None}
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
     if (template := metadata.get("tokenizer.chat_template", str)) is not None:
         config["chat_template"] = template

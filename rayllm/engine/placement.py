@@ -7,6 +7,7 @@ import logging
 import os
 import secrets
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -241,8 +242,10 @@ def _wait(groups: list[PlacementGroup], bundles: list[Resources], timeout_s: flo
     def are_placed() -> bool:
         return all(group.wait(min(POLL_S, timeout_s)) for group in groups)
 
+    stage = f"waiting for {needed_by(bundles, len(groups))}"
+    is_logged = progress and not sys.stderr.isatty()
     with tqdm(
-        desc=f"waiting for {needed_by(bundles, len(groups))}",
+        desc=stage,
         total=timeout_s,
         bar_format="{desc}{postfix} [{n:.0f} of {total:.0f} s]",
         delay=1,
@@ -251,6 +254,9 @@ def _wait(groups: list[PlacementGroup], bundles: list[Resources], timeout_s: flo
         disable=not progress or None,
     ) as bar:
         for elapsed, free in waiting(are_placed, bundles, len(groups), timeout_s):
+            if is_logged and elapsed >= POLL_S:
+                is_logged = False  # where there is no bar, one line
+                print(f"{stage}, {free}", file=sys.stderr)
             bar.set_postfix_str(free, refresh=False)
             bar.update(elapsed - bar.n)
 

@@ -14,8 +14,8 @@ from rayllm import LLM
 
 
 @pytest.fixture(scope="session")
-def model_paths(smollm2: Path, tiny_models: dict[str, Path]) -> dict[str, Path]:
-    return {"smollm2": smollm2, **tiny_models}
+def model_paths(smollm2: Path, tiny_text_model: Path, tiny_models: dict[str, Path]) -> dict[str, Path]:
+    return {"smollm2": smollm2, "text": tiny_text_model, **tiny_models}
 
 
 @pytest.fixture(scope="session")
@@ -49,7 +49,7 @@ class EnginePool:
                 str(self._model_paths[model]),
                 device="cpu",
                 tensor_parallel_size=tensor_parallel_size,
-                skip_tokenizer_init=model != "smollm2",
+                skip_tokenizer_init=model != "smollm2" and "tokenizer" not in arguments,
                 progress=False,
                 **arguments,
             )

@@ -144,7 +144,7 @@ def test_generate(engine_pool, ray_cluster: str, smollm2: Path, reference, capsy
     assert main([*command, "--raw", "--stop", "city"]) == 0
     piped = capsys.readouterr().out
     tokenizer = Tokenizer.from_source(smollm2)
-    chat = tokenizer.apply_chat_template([{"role": "user", "content": QUESTION}])
+    chat = tokenizer.encode(tokenizer.apply_chat_template([{"role": "user", "content": QUESTION}]), False)
     raw = tokenizer.encode("Once upon a time")
     for shown, prompt in ((asked.stdout, chat), (piped, raw)):
         text = tokenizer.decode(reference("smollm2").greedy(prompt, 12))
@@ -210,7 +210,8 @@ def test_chat(smollm2: Path, reference):
         terminal.read_until("Ctrl-C stops an answer, Ctrl-D ends the chat.\r\n> ")
         for text in ("Hi!", "What is the capital of France?"):
             messages.append({"role": "user", "content": text})
-            output = reference("smollm2").greedy(tokenizer.apply_chat_template(messages), 12)
+            prompt = tokenizer.encode(tokenizer.apply_chat_template(messages), add_special_tokens=False)
+            output = reference("smollm2").greedy(prompt, 12)
             terminal.type(text + "\n")
             terminal.read_until(text + "\r\n")
             answer = terminal.read_until("\r\n\r\n> ").removesuffix("\n\n> ")

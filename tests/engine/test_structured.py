@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,22 +63,10 @@ SHORT = KINDS[:2] + KINDS[3:5]
 START = Callable[..., LLM]
 
 
-@pytest.fixture(scope="module")
-def started(engine_pool, tiny_text_model: Path, smollm2: Path) -> Iterator[START]:
+@pytest.fixture
+def started(engines: START, smollm2: Path) -> START:
     """`started(tensor_parallel_size, **arguments)` is an engine of a tiny model that writes nonsense."""
-    engines: dict[Any, LLM] = {}
-
-    def get(tensor_parallel_size: int = 1, **arguments: Any) -> LLM:
-        key = (tensor_parallel_size, *sorted(arguments.items()))
-        if key not in engines:
-            engine_pool.make_room(tensor_parallel_size)
-            arguments |= {"tensor_parallel_size": tensor_parallel_size, "tokenizer": str(smollm2), "device": "cpu"}
-            engines[key] = LLM(str(tiny_text_model), progress=False, **arguments)
-        return engines[key]
-
-    yield get
-    for llm in engines.values():
-        llm.close()
+    return functools.partial(engines, "text", tokenizer=str(smollm2))
 
 
 def params(structured: dict[str, Any] | None, seed: int, **fields: Any) -> SamplingParams:
@@ -103,6 +92,7 @@ def test_answers_keep_to_their_grammars(started: START):
     assert [len(answer["token_ids"]) for answer in answers[len(asked) :]] == [90] * 4
 
 
+@pytest.mark.slow
 def test_the_same_tokens_in_every_setup(started: START):
     """Many at once, alone, preempted, pruned to chunks, split over two ranks, with everything else one can ask for."""
     asked = [params(structured, seed) for seed in range(3) for structured, _ in SHORT]

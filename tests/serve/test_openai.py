@@ -275,7 +275,6 @@ def test_wrong_requests_name_the_field(smol: Service):
         (lambda: complete(prompt=PROMPT, best_of=2, **GREEDY), "best_of"),
         (lambda: complete(prompt=PROMPT, **GREEDY | {"max_tokens": 0}), "max_tokens"),
         (lambda: complete(prompt=PROMPT, **GREEDY | {"max_tokens": 2.5}), "max_tokens"),
-        (lambda: chat(messages=CHAT, response_format={"type": "json_object"}, **GREEDY), "response_format"),
         (lambda: chat(messages=CHAT, top_logprobs=2, **GREEDY), "top_logprobs"),
         *[
             (
