@@ -90,8 +90,11 @@ class Writer(Generic[R]):
 
     def size(self, increments: Iterable[Increment]) -> int:
         """About how much work it is to write these, for `aside`."""
-        entries = (entry for increment in increments for entry in (*increment.logprobs, *increment.prompt_logprobs))
-        return sum(len(entry.token_ids) for entry in entries)
+        return sum(
+            len(entry.token_ids)
+            for increment in increments
+            for entry in (*increment.logprobs, *increment.prompt_logprobs)
+        )
 
     def chunks(self, increment: Increment) -> Iterable[msgspec.Struct]:
         """What a stream sends for one increment."""
@@ -139,6 +142,11 @@ class CompletionWriter(Writer[CompletionRequest]):
         """Of the texts that stand before the answers, by the choices that were begun."""
         self._echoes: dict[int, EchoedPrompt] = {}
         """By the number of the prompt."""
+
+    def size(self, increments: Iterable[Increment]) -> int:
+        increments = list(increments)
+        new = [increment for increment in increments if self.request.echo and increment.index not in self._lengths]
+        return super().size(increments) + sum(increment.num_prompt_tokens for increment in new)
 
     def chunk(self, choices: list[CompletionChoice], **fields: Any) -> Completion:
         return Completion(**self.head, choices=choices, **fields)

@@ -26,6 +26,7 @@ from deployments.protocol import NOTHING
 from deployments.request_log import RequestLog, RequestRecord
 from rayllm import __version__
 from rayllm.errors import ContextLengthError, EngineDeadError, QueueFullError, UsageError
+from rayllm.frontend.aside import aside
 from rayllm.sampling_params import SamplingParams
 
 logger = logging.getLogger("ray.serve")
@@ -191,7 +192,8 @@ def make_app(
                     check_key(request)
                 arguments = dict(request.path_params)
                 if decoder:
-                    arguments["body"] = decode_body(await read_body(request), decoder)
+                    body = await read_body(request)
+                    arguments["body"] = await aside(len(body), decode_body, body, decoder)
                 response = _response(await endpoint.handler(record.id, **arguments))
             except ClientDisconnect:
                 pass

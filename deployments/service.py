@@ -266,7 +266,7 @@ async def _events(
         yield await aside(writer.size([first]), lambda: list(writer.chunks(first)))
         async for increment in increments:
             writer.count(increment)
-            yield writer.chunks(increment)
+            yield await aside(writer.size([increment]), list, writer.chunks(increment))
         yield writer.last_chunks()
     finally:
         await increments.aclose()

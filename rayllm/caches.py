@@ -20,7 +20,8 @@ def cache_roots() -> Iterator[Path]:
     with contextlib.suppress(RuntimeError):  # a user whom the system does not know, without HOME
         yield Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rayllm"
     with contextlib.suppress(OSError):  # there may be no temporary folder
-        temporary = Path(tempfile.gettempdir(), f"rayllm-{os.getuid()}")
+        # not named like what processes leave behind, which is removed
+        temporary = Path(tempfile.gettempdir(), f"cache-rayllm-{os.getuid()}")
         if not os.path.lexists(temporary) or temporary.lstat().st_uid == os.getuid():  # others may write beside it
             yield temporary
 

@@ -7,6 +7,7 @@ Everything a user can set is a field of `EngineArgs`, documented where it stands
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Literal
 
 from rayllm.errors import UsageError
@@ -34,7 +35,9 @@ class EngineArgs(Options):
     model: str = option(
         "", "The model: a folder, a .gguf file, a Hub id, a URL (s3://…), or with load_format=dummy a config.json."
     )
-    tokenizer: str | None = option(None, "Folder or Hub id of the tokenizer. Without it, the model's own is used.")
+    tokenizer: str | None = option(
+        None, "Folder, .gguf file, Hub id or URL of the tokenizer. Without it, the model's own is used."
+    )
     chat_template: str | None = option(
         None, "The chat template: a Jinja file, or the template itself. Without it, the tokenizer's own is used."
     )
@@ -136,6 +139,7 @@ class EngineArgs(Options):
             "max_num_batched_tokens": self.max_num_batched_tokens or max(least_tokens, 8192 if is_gpu else 1024),
             "step_timeout_s": self.step_timeout_s or (10.0 if is_gpu else 300.0),
             "min_snapkv_limit": self._min_snapkv_limit,
+            "tokenizer": self._tokenizer_path,
             "sampling_defaults": model.sampling_defaults if self.generation_config == "auto" else (),
         }
         given = {field.name: getattr(self, field.name) for field in fields(EngineConfig) if field.name not in decided}
@@ -144,6 +148,13 @@ class EngineArgs(Options):
     def check_model(self, model: ModelConfig) -> None:
         """Raises `UsageError` for what cannot work with `model` on any device: a CPU refuses least."""
         self.resolve(model, "cpu" if self.device == "auto" else self.device)
+
+    @property
+    def _tokenizer_path(self) -> str | None:
+        """The tokenizer as other processes of this node find it."""
+        if self.tokenizer is None or not Path(self.tokenizer).expanduser().exists():
+            return self.tokenizer
+        return str(Path(self.tokenizer).expanduser().resolve())
 
     @property
     def _min_snapkv_limit(self) -> int:
@@ -166,6 +177,7 @@ class EngineConfig:
     dtype: str
     tokenizer: str | None
     """None: the model's own."""
+    skip_tokenizer_init: bool
     tensor_parallel_size: int
     max_model_len: int
     max_num_seqs: int

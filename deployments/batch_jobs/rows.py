@@ -40,6 +40,7 @@ def _request_of(row: bytes, model: str) -> tuple[str, ChatRequest | CompletionRe
         raise ApiError(400, f"the row is not valid JSON: {error}") from None
     if not isinstance(fields, dict):
         raise ApiError(400, "a row must be a JSON object")
+    fields = {name: value for name, value in fields.items() if value is not None}
     for name in NAMES:
         if not isinstance(fields.pop(name, ""), str | int):
             raise ApiError(400, f"{name} must be a text", name)
@@ -49,7 +50,7 @@ def _request_of(row: bytes, model: str) -> tuple[str, ChatRequest | CompletionRe
             raise ApiError(400, f"{unknown} must be in the body, or left out", unknown)
         if isinstance(body, str):  # in Parquet, where columns have one type
             body = msgspec.json.decode(body)
-        if url not in BODIES or method != "POST":
+        if not isinstance(url, str) or url not in BODIES or method != "POST":
             raise ApiError(400, f"method and url must be POST {CHAT} or {COMPLETIONS}, not {method} {url}", "url")
     else:
         body = fields

@@ -25,7 +25,7 @@ NUM_READERS = 8
 
 
 def fetch(url: str, patterns: Sequence[str], track: Track) -> Path:
-    """This node's copy of the file, or of those files in the folder, which fit `patterns`, at `url`: what is new or
+    """This node's copy of the file at `url`, or of those files in the folder there that fit `patterns`: what is new or
     changed is fetched, by one process while others wait. Files are whole or not there. With the first part of a split
     .gguf file come the others.
 
@@ -52,6 +52,8 @@ def fetch(url: str, patterns: Sequence[str], track: Track) -> Path:
         with (folder / ".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             _copy(system, [info for info in wanted if not _is_there(info, folder)], folder, track)
+    except UsageError:
+        raise
     except (OSError, ValueError) as error:
         raise UsageError(f"{url} cannot be read: {' '.join(str(error).split())}", "model") from None
     return folder if is_folder else folder / found.base_name

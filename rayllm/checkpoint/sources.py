@@ -140,7 +140,7 @@ def _folder(folder: Path, is_dummy: bool, has_weights: bool = True) -> ModelSour
 
 def _download(repo: str, patterns: list[str]) -> Path:
     import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     def download(**where: Any) -> Path:
         found = huggingface_hub.snapshot_download(repo, allow_patterns=patterns, ignore_patterns=UNWANTED, **where)
@@ -153,8 +153,8 @@ def _download(repo: str, patterns: list[str]) -> Path:
             return download(local_files_only=True)
         except LocalEntryNotFoundError:
             return download(cache_dir=writable_cache("hub"))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = " ".join(str(error).split())
         raise UsageError(
             f"{repo!r} is no local path and could not be downloaded from the Hugging Face Hub "
             f"({type(error).__name__}: {reason}): check the name and the network, or pass a local folder",

@@ -15,6 +15,7 @@ import ray
 
 from rayllm.config import EngineConfig
 from rayllm.errors import ContextLengthError, EngineDeadError, UsageError
+from rayllm.frontend.aside import LARGE
 from rayllm.frontend.grammar import grammar_of
 from rayllm.frontend.output import Choice, Increment
 from rayllm.frontend.tokenizer import Tokenizer
@@ -122,7 +123,7 @@ class Client:
         """The token ids of a prompt, which came as `field`; raises `UsageError` for one whose mere size is too much."""
         if self.tokenizer is None:
             raise UsageError("only token ids can be prompts when skip_tokenizer_init is set", field)
-        if len(text) > self.max_model_len:
+        if len(text) > max(self.max_model_len, LARGE):
             self._check_length(self.tokenizer.least_tokens(text), field, "at least ")
         return self.tokenizer.encode(text, add_special_tokens)
 
@@ -146,8 +147,11 @@ class Client:
         if params.snapkv_limit is not None:
             self._check_snapkv_limit(params.snapkv_limit)
         if params.structured_outputs is not None:
-            if self.tokenizer is None:
-                raise UsageError("structured_outputs need a tokenizer, but there is none", "structured_outputs")
+            if self.tokenizer is None or not self.tokenizer.can_be_masked(self.vocab_size):
+                raise UsageError(
+                    "structured_outputs need a byte-level or SentencePiece tokenizer whose tokens the model all has",
+                    "structured_outputs",
+                )
             grammar_of(params.structured_outputs)
         if params.stop_strings and self.tokenizer is None:
             raise UsageError("stop strings need the tokenizer, which skip_tokenizer_init left out", "stop")
@@ -156,7 +160,7 @@ class Client:
         longest = self.max_model_len
         if num_tokens >= longest:
             raise ContextLengthError(
-                f"the maximum context length is {longest} tokens, but the prompt has {about}{num_tokens}: "
+                f"this model's maximum context length is {longest} tokens, but the prompt has {about}{num_tokens}: "
                 f"{longest - 1} leave room for an answer",
                 field,
             )

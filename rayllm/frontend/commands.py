@@ -50,9 +50,16 @@ def _generate(options: argparse.Namespace) -> None:
     if not options.prompt and sys.stdin.isatty():
         raise UsageError("no prompt: pass --prompt TEXT, or pipe it in", "prompt")
     params = sampling_params(options)
+    text = options.prompt or _read_input()
     with _start(options) as llm:
-        text = options.prompt or sys.stdin.read()
         _answer(llm, text if options.raw else [*_system(options), {"role": "user", "content": text}], params)
+
+
+def _read_input() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"the input is not {error.encoding}: {error.reason}", "prompt") from None
 
 
 def _chat(options: argparse.Namespace) -> None:
@@ -171,6 +178,8 @@ def _read_line() -> str | None:
             return input("> ")
         except KeyboardInterrupt:
             print()
+        except UnicodeDecodeError as error:
+            print(f"Error: this is not {error.encoding}")
         except EOFError:
             print()
             return None

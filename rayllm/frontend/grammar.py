@@ -15,8 +15,8 @@ import msgspec
 from rayllm.errors import UsageError
 from rayllm.sampling_params import StructuredOutputs
 
-MAX_BYTES = 128 << 10
-"""Of a schema or grammar: larger ones take a shard seconds to compile."""
+MAX_BYTES = 64 << 10
+"""Of a schema or grammar: larger ones can take a shard so long to compile that others wait."""
 PROBED_BYTES = 64
 """How far a grammar is followed: one that grows beyond its limits does so soon."""
 
@@ -43,13 +43,13 @@ def grammar_of(structured: StructuredOutputs, field: str = "structured_outputs")
 
     Raises `UsageError` that says what is wrong with it, which came as `field`.
     """
-    encoded = msgspec.json.encode(structured)
-    if len(encoded) > MAX_BYTES:
-        raise UsageError(f"{field} must be at most {MAX_BYTES} bytes, not {len(encoded)}", field)
     try:
-        return _compiled(encoded)
-    except (ValueError, RecursionError) as error:
+        encoded = msgspec.json.encode(structured)
+        if len(encoded) <= MAX_BYTES:
+            return _compiled(encoded)
+    except (ValueError, TypeError, RecursionError) as error:  # a text that is not Unicode is a ValueError
         raise UsageError(f"{field} cannot be served: {str(error).splitlines()[0]}", field) from None
+    raise UsageError(f"{field} must be at most {MAX_BYTES} bytes, not {len(encoded)}", field)
 
 
 @lru_cache(maxsize=256)

@@ -173,7 +173,9 @@ class LLM:
 
 
 def _as_list(prompts: Any) -> list[Prompt]:
-    """A single prompt becomes a list of one."""
+    """A single prompt becomes a list of one; raises `UsageError` for what is no prompt."""
+    if isinstance(prompts, Mapping):
+        raise UsageError("a prompt must be a string, a list of token ids or a list of chat messages", "prompts")
     if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int | dict)):
         return [prompts]
     return list(prompts)

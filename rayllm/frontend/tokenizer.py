@@ -94,6 +94,14 @@ class Tokenizer:
         eos = self._hf.eos_token_id
         return () if eos is None else (eos,)
 
+    def can_be_masked(self, vocab_size: int) -> bool:
+        """Whether grammars know what its tokens spell, all of them within a model's vocabulary."""
+        return self._spelling != "other" and self._num_ids <= vocab_size
+
+    @cached_property
+    def _num_ids(self) -> int:
+        return max(self.backend.get_vocab().values()) + 1
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """The text's token ids; `add_special_tokens`: with those that begin (and end) a text, if the model has them.
 
@@ -119,6 +127,8 @@ class Tokenizer:
     @cached_property
     def _longest_token(self) -> tuple[int, bytes]:
         """The most bytes of a text that one token takes, 0 if there is no limit; and bytes that get no token."""
+        if any(token.lstrip or token.rstrip for token in self.backend.get_added_tokens_decoder().values()):
+            return 0, b""  # these take any number of blanks
         missing: list[int] = []
         if self._spelling == "bytes":
             missing = [byte for char, byte in BYTE_LEVEL_ALPHABET.items() if self.backend.token_to_id(char) is None]

@@ -24,7 +24,7 @@ from rayllm.runner.device import HostCopies
 
 logger = logging.getLogger("rayllm")
 
-COMPILERS = 2
+COMPILERS = 8
 """Grammars that are compiled at once, beside the steps."""
 
 
@@ -34,23 +34,32 @@ class LaneGrammar:
 
     def __init__(self, matcher: Future[llguidance.LLMatcher]):
         self._matcher = matcher
+        self._has_ended = False
 
     @property
-    def matcher(self) -> llguidance.LLMatcher:
-        """Waits until it is compiled."""
-        return self._matcher.result()
+    def matcher(self) -> llguidance.LLMatcher | None:
+        """What says which token comes next, once it is compiled; None if the answer has ended or nothing can say it."""
+        return None if self._has_ended or self._trouble() else self._matcher.result()
+
+    def _trouble(self) -> str:
+        """Why there is no matcher, in a line; waits until it is compiled."""
+        if (error := self._matcher.exception()) is not None:
+            return " ".join(f"{type(error).__name__}: {error}".split())
+        return " ".join(self._matcher.result().get_error().split())
 
     def advance(self, token_id: int) -> str | None:
         """Takes in a sampled token; why the answer ends with it: "stop" where the grammar does, "length" where
         llguidance's limits cut it off; None if it goes on."""
-        matcher = self.matcher
-        if matcher.is_stopped():  # with a token before: this one is dropped
+        if self._has_ended:  # with a token before: this one is dropped
             return None
-        matcher.consume_token(token_id)
-        if matcher.is_error():
-            logger.warning("an answer is cut off: %s", matcher.get_error().splitlines()[0])
+        if (matcher := self.matcher) is not None:
+            matcher.consume_token(token_id)
+        if trouble := self._trouble():
+            self._has_ended = True
+            logger.warning("an answer is cut off: %s", trouble)
             return "length"
-        return "stop" if matcher.is_stopped() else None
+        self._has_ended = self._matcher.result().is_stopped()
+        return "stop" if self._has_ended else None
 
 
 class SampledTokens:
@@ -107,11 +116,12 @@ class Grammars:
         while self._unread:
             self._unread.popleft().ends()
         masks = np.full((num_samples, -(-self._vocab_size // 32)), -1, np.int32)
-        going_on = [(grammar.matcher, index) for index, grammar in grammars if not grammar.matcher.is_stopped()]
+        found = [(grammar.matcher, index) for index, grammar in grammars]
+        going_on = [(matcher, index) for matcher, index in found if matcher is not None]
         if going_on:
             self._executor.unsafe_compute_mask_ptr(going_on, masks.ctypes.data, masks.strides[0], num_samples)
         for matcher, index in going_on:
-            if matcher.is_error():
+            if matcher.is_error() or not masks[index].any():
                 masks[index] = -1
         return masks
 

@@ -27,7 +27,7 @@ class LoadedModel:
     tp: TensorParallel
     device: Device
     tokenizer_path: str | None
-    """Where its tokenizer is, if it has one."""
+    """Where its tokenizer is, if it has one that is wanted."""
     bytes_read: int
     """How much of the checkpoint this rank has read."""
 
@@ -46,7 +46,7 @@ def load_model(
     threading.Thread(target=import_attention, daemon=True).start()
     bytes_read = load_weights(model, source, tp, track)
     model.pack()
-    tokenizer_path = config.tokenizer or source.tokenizer_path
+    tokenizer_path = None if config.skip_tokenizer_init else config.tokenizer or source.tokenizer_path
     return LoadedModel(model, config, source.config, tp, device, tokenizer_path, bytes_read)
 
 

@@ -325,7 +325,7 @@ def test_ranks(engines, reference, rng):
         ([], {}, "the prompt is empty"),
         ([5, 199], {}, "token ids must be 0 to 198"),
         ([5, -1], {}, "token ids must be 0 to 198"),
-        ([5] * 128, {}, "the maximum context length is 128 tokens, but the prompt has 128: 127 leave room"),
+        ([5] * 128, {}, "this model's maximum context length is 128 tokens, but the prompt has 128: 127 leave room"),
         ([5], {"logit_bias": {199: 1.0}}, "token ids in logit_bias must be 0 to 198"),
         ([5], {"stop_token_ids": [199]}, "token ids in stop_token_ids must be 0 to 198"),
         ([5], {"stop": "a"}, "stop strings need the tokenizer"),

@@ -218,8 +218,7 @@ class Engine:
         self.updates: dict[tuple[int, int], list[SequenceUpdate]] = {}
         self.aborted: set[tuple[int, int]] = set()
         self.num_cached: dict[int, int | None] = {}
-        """Where the first row of each seed began; None if it had none in the step that started it."""
-        """Tokens that were there already at the first admission, by seed."""
+        """Tokens that were there already at the first admission, by seed; None if its window had to wait."""
         self.num_steps = 0
         self.depth = 0
         """Most steps that were in flight at once."""

@@ -108,6 +108,7 @@ def test_what_is_given_stays():
     assert dataclasses.asdict(config) == given | {
         "device": "cpu",
         "tokenizer": None,
+        "skip_tokenizer_init": False,
         "min_snapkv_limit": 20,
         "sampling_defaults": (),
     }

@@ -196,7 +196,7 @@ def no_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in (caches.TRITON, caches.FLASH_ATTENTION, "TRITON_HOME", "LOGNAME", "USER", "LNAME", "USERNAME"):
         monkeypatch.setenv(name, "")  # and so restored afterwards
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
-    return tmp_path / "temporary" / f"rayllm-{os.getuid()}"
+    return tmp_path / "temporary" / f"cache-rayllm-{os.getuid()}"
 
 
 def test_a_conversion_goes_where_it_can(smollm2: Path, no_home: Path, monkeypatch: pytest.MonkeyPatch):
@@ -210,7 +210,7 @@ def test_a_conversion_goes_where_it_can(smollm2: Path, no_home: Path, monkeypatc
 def test_no_cache_at_all(smollm2: Path, no_home: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("tempfile.tempdir", "/proc")
     with pytest.raises(
-        UsageError, match=r"no cache can be written in /proc/\.cache/rayllm or /proc/rayllm-"
+        UsageError, match=r"no cache can be written in /proc/\.cache/rayllm or /proc/cache-rayllm-"
     ) as refused:
         gguf.converted(smollm2)
     assert "\n" not in str(refused.value)
@@ -220,7 +220,7 @@ def test_a_temporary_folder_of_somebody_else(no_home: Path, monkeypatch: pytest.
     no_home.mkdir(parents=True)
     assert caches.writable_cache("gguf") == no_home / "gguf"
     monkeypatch.setattr(os, "getuid", lambda: 12345)
-    no_home.rename(no_home.with_name("rayllm-12345"))
+    no_home.rename(no_home.with_name("cache-rayllm-12345"))
     with pytest.raises(UsageError, match="no cache can be written"):
         caches.writable_cache("gguf")
 
