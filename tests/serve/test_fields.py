@@ -155,7 +155,7 @@ def test_a_huge_prompt_holds_up_nobody(smol: Service, long: str):
                             if not busy:
                                 break
 
-            others = asyncio.gather(poll(), *(stream() for _ in range(8)))
+            others = asyncio.gather(poll(), *(stream() for _ in range(16)))
             await asyncio.sleep(1)
             gaps.update(health=0.0, stream=0.0)
             for path, body in (
