@@ -139,7 +139,7 @@ class CompletionWriter(Writer[CompletionRequest]):
     def __init__(self, *args: Any):
         super().__init__(*args)
         self._lengths: dict[int, int] = {}
-        """Of the texts that stand before the answers, by the choices that were begun."""
+        """How long the text before each answer is, by the index of each choice that was begun."""
         self._echoes: dict[int, EchoedPrompt] = {}
         """By the number of the prompt."""
 

@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
+import msgspec
 import numpy as np
 import ray
 
@@ -246,13 +247,17 @@ class Client:
     def _start(self, choice: Choice, changed: asyncio.Event, cache_salt: str | None, num_deaths: int = 0) -> Stream:
         sequence_id = self._next_sequence_id
         self._next_sequence_id += 1
+        params, grammar = choice.params, None
+        if params.structured_outputs is not None:  # which travel as a grammar
+            grammar = grammar_of(params.structured_outputs)
+            params = msgspec.structs.replace(params, structured_outputs=None)
         message = NewSequence(
             sequence_id=sequence_id,
             token_ids=pack_ids(choice.prompt_token_ids) + pack_ids(choice.token_ids),
             num_prompt_tokens=len(choice.prompt_token_ids),
-            params=choice.params,
+            params=params,
             seed=choice.seed,
-            grammar=grammar_of(structured) if (structured := choice.params.structured_outputs) else None,
+            grammar=grammar,
             cache_salt=cache_salt,
             eos_token_ids=self._eos_token_ids,
         )

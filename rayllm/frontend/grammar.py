@@ -16,9 +16,9 @@ from rayllm.errors import UsageError
 from rayllm.sampling_params import StructuredOutputs
 
 MAX_BYTES = 64 << 10
-"""Of a schema or grammar: larger ones can take a shard so long to compile that others wait."""
+"""The largest schema or grammar: a shard can take so long to compile a larger one that others wait."""
 PROBED_BYTES = 64
-"""How far a grammar is followed: one that grows beyond its limits does so soon."""
+"""How many bytes a grammar is followed for: one that grows beyond its limits does so soon."""
 
 
 class _Bytes:

@@ -202,7 +202,7 @@ def test_a_character_that_the_prompt_began(byte_level, byte_fallback):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_work_is_linear(request, kind):
-    """Of bytes that never make a character, of what has no text, and of what is in no vocabulary."""
+    """It is so for bytes that never make a character, for what has no text, and for what is in no vocabulary."""
     tokenizer = request.getfixturevalue(kind)
     byte = tokenizer.backend.token_to_id("<0x80>")
     if kind == "byte_level":
