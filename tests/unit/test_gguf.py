@@ -1,4 +1,4 @@
-"""Files of .gguf: what of their metadata is honoured and what refused, tokenizers as llama.cpp reads them, parts."""
+"""Files of .gguf: what of their metadata is honoured and what refused, tokenizers as llama.cpp reads them."""
 
 from __future__ import annotations
 
@@ -6,58 +6,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import gguf
-import numpy as np
 import pytest
+from gguf_testing import BPE, CONTROL, FIRST_LETTER, LETTERS, MODEL, NORMAL, SENTENCEPIECE, USER_DEFINED, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
 
-from rayllm.checkpoint.gguf import converted, read_index
+from rayllm.checkpoint.gguf import converted
 from rayllm.checkpoint.gguf_splits import SPLITS
 from rayllm.checkpoint.sources import resolve_model
 from rayllm.errors import UsageError
-from rayllm.frontend.tokenizer import BYTE_LEVEL_ALPHABET, Tokenizer
-
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
-FIRST_LETTER = 3
-LETTERS = list(BYTE_LEVEL_ALPHABET)
-WORDS = ["Ġt", "he", "Ġthe", "00", "000", "ĊĊ", "ĠĠ"]
-BPE = {
-    "tokenizer.ggml.model": "gpt2",
-    "tokenizer.ggml.pre": "gpt-2",
-    "tokenizer.ggml.tokens": ["<|bos|>", "<|eos|>", "[think]", *LETTERS, *WORDS],
-    "tokenizer.ggml.token_type": [CONTROL, CONTROL, USER_DEFINED] + [NORMAL] * (len(LETTERS) + len(WORDS)),
-    "tokenizer.ggml.merges": ["Ġ t", "h e", "Ġt he", "0 0", "00 0", "Ċ Ċ", "Ġ Ġ"],
-    "tokenizer.ggml.bos_token_id": 0,
-    "tokenizer.ggml.eos_token_id": 1,
-    "tokenizer.chat_template": "{{ bos_token }}{{ messages[0].content }}",
-}
-PIECES = ["▁", "l", "e", "a", "d", "le", "ad", "lead", "▁lead", "▁▁", "▁▁▁▁", "\n", "!"]
-SENTENCEPIECE = {
-    "tokenizer.ggml.model": "llama",
-    "tokenizer.ggml.tokens": ["<unk>", "<s>", "</s>", *(f"<0x{n:02X}>" for n in range(256)), *PIECES, "[tool]"],
-    "tokenizer.ggml.scores": [0.0] * 259 + [-float(len(PIECES) - n) for n in range(len(PIECES))] + [0.0],
-    "tokenizer.ggml.token_type": [UNKNOWN, CONTROL, CONTROL] + [BYTE] * 256 + [NORMAL] * len(PIECES) + [USER_DEFINED],
-}
-MODEL = {
-    "general.architecture": "llama",
-    "llama.block_count": 2,
-    "llama.context_length": 64,
-    "llama.embedding_length": 16,
-    "llama.feed_forward_length": 32,
-    "llama.attention.head_count": 4,
-    "llama.attention.head_count_kv": 2,
-    "llama.attention.layer_norm_rms_epsilon": 1e-5,
-    "llama.rope.freq_base": 5e5,
-    "llama.rope.dimension_count": 4,
-}
-ROWS = {
-    f"blk.{layer}.{name}.weight": rows
-    for layer in range(2)
-    for name, rows in [("attn_q", 16), ("attn_k", 8), ("ffn_gate", 32)]
-}
-"""Those of a model's matrices that are looked at before the others."""
+from rayllm.frontend.tokenizer import Tokenizer
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -65,27 +24,6 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
-
-
-def write(file: Path, metadata: dict[str, Any], num_tokens: int | None = None, parts: int = 1) -> Path:
-    """A model of these metadata, of which None stands for a key that is not there, with as many embeddings as tokens;
-    with 0 embeddings there are no tensors."""
-    writer = gguf.GGUFWriter(file, "", split_max_tensors=3 if parts == 3 else 0)
-    for key, value in metadata.items():
-        if value is not None:
-            writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
-    if num_tokens is None:
-        tokens = metadata.get("tokenizer.ggml.tokens")
-        num_tokens = len(tokens) if isinstance(tokens, list) else 8
-    if num_tokens:
-        writer.add_tensor("token_embd.weight", np.zeros((num_tokens, 16), np.float32))
-        for number, (name, rows) in enumerate(ROWS.items()):
-            writer.add_tensor(name, np.full((rows, 16), number, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return file if parts == 1 else file.with_name(f"{file.stem}-00001-of-{parts:05d}.gguf")
 
 
 def tokenizer_of(folder: Path, metadata: dict[str, Any]) -> Tokenizer:
@@ -402,53 +340,3 @@ def test_what_stands_for_every_layer(tmp_path: Path) -> None:
     assert (config.num_attention_heads, config.intermediate_size) == (4, 32)
     assert config.rope_scaling is not None
     assert (config.rope_scaling.rope_type, config.rope_scaling.factor) == ("linear", 4.0)
-
-
-@pytest.fixture
-def parts(tmp_path: Path) -> list[Path]:
-    first = write(tmp_path / "model.gguf", MODEL | BPE, parts=3)
-    return [first, *(first.with_name(f"model-0000{number}-of-00003.gguf") for number in (2, 3))]
-
-
-def test_a_model_in_parts(parts: list[Path], tmp_path: Path) -> None:
-    whole = write(tmp_path / "model.gguf", MODEL | BPE)
-    assert resolve_model(str(parts[0])).config == resolve_model(str(whole)).config
-    index = read_index(parts[0])
-    assert index.keys() == read_index(whole).keys()
-    assert {tensor.part for tensor in index.values()} == {part.name for part in parts}
-    for number, name in enumerate(ROWS):
-        tensor = index[name]
-        stored = np.fromfile(tmp_path / tensor.part, np.float32, 256, offset=tensor.offset)
-        assert (stored == number).all()
-
-    folder = converted(parts[0])
-    assert converted(parts[0]) == folder
-    parts[2].write_bytes(parts[2].read_bytes() + b"\0" * 32)
-    assert converted(parts[0]) != folder
-
-
-def test_a_link_to_the_first_part(parts: list[Path], tmp_path: Path) -> None:
-    """As in the Hub's cache, where the files' own names say nothing."""
-    (tmp_path / "blobs").mkdir()
-    for number, part in enumerate(parts):
-        part.symlink_to(part.rename(tmp_path / "blobs" / str(number)))
-    source = resolve_model(str(parts[0]))
-    assert source.path == str(parts[0])
-    assert len(read_index(source.path)) == 1 + len(ROWS)
-
-
-def test_parts_that_are_refused(parts: list[Path], tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"model-00002-of-00003.gguf is not the first .*: give model-00001-of-00003"):
-        resolve_model(str(parts[1]))
-    renamed = parts[1].rename(tmp_path / "model.gguf")
-    with pytest.raises(UsageError, match=r"model.gguf is part 2 of 3: give the first, .* -00001-of-00003.gguf"):
-        resolve_model(str(renamed))
-    with pytest.raises(UsageError, match=r"model-00001-of-00003.gguf .*: model-00002-of-00003.gguf must be beside it"):
-        resolve_model(str(parts[0]))
-    parts[2].rename(parts[1])
-    renamed.rename(parts[2])
-    with pytest.raises(UsageError, match=r"model-00002-of-00003.gguf: split.no and split.count must be 1 and 3"):
-        resolve_model(str(parts[0]))
-    parts[1].write_bytes(b"GGUF")
-    with pytest.raises(UsageError, match=r"model-00002-of-00003.gguf is not a readable GGUF file"):
-        resolve_model(str(parts[0]))
